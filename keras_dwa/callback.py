@@ -1,0 +1,283 @@
+"""When the weights move: the callback."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from keras_dwa._keras_internals import unlocked_tracker
+from keras_dwa.formula import check_temperature, dwa_weights, is_positive, undefined_rates
+from keras_dwa.loss_weights import LossWeight, LossWeights
+from keras_dwa.wiring import check_compiled
+
+
+class DynamicWeightAverage(keras.callbacks.Callback):
+    """Weights the losses of a multi-output model by how fast each of them falls.
+
+    At the end of each epoch, Dynamic Weight Average gives output k the weight
+
+        lambda_k(t) = K * exp(w_k(t-1) / T) / sum_i exp(w_i(t-1) / T)
+        w_k(t-1) = L_k(t-1) / L_k(t-2)
+
+    where `L_k(t)` is the output's unweighted loss averaged over epoch t, `T` the temperature and
+    `K` the number of outputs. The weights sum to `K`; for the first two epochs each is 1. A base
+    weight `b_k` multiplies it: the weight of output k's loss is `b_k * lambda_k`.
+
+    Compile the model with `loss_weights=dwa.loss_weights` and pass the callback to `fit`. The
+    weights are variables that the compiled step reads, so that they move without a new trace.
+
+    After each epoch the callback adds to `logs`:
+
+    - `<name>_weight`: the weight that the epoch's losses had, so that `loss` is the sum of
+      `<name>_weight * <name>_loss`, plus regularization;
+    - `base_loss` and `val_base_loss`: the total loss under the base weights alone. Unlike
+      `val_loss` it does not move with the weights: it is the one to monitor.
+
+    Callbacks that read these come after this one in the list.
+
+    A model that the callback has not seen starts afresh; a second `fit` of the same model goes on.
+    `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store the state with the model's.
+
+    Args:
+        outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
+            sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence). The
+            loss of a nested output goes by its path, `"heads/depth"`.
+        temperature: `T`, a finite number > 0. The larger, the more uniform the weights.
+        verbose: 0 or 1. 1 prints the new weights at the end of each epoch.
+
+    Raises:
+        ValueError: if a name, a base weight or the temperature is not as described; from `fit`,
+            if the model was not compiled with these weights, or its logs lack `<name>_loss`.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_dwa import DynamicWeightAverage
+    >>> inputs = keras.Input((4,))
+    >>> outputs = {"depth": keras.layers.Dense(1)(inputs), "normals": keras.layers.Dense(3)(inputs)}
+    >>> model = keras.Model(inputs, outputs)
+    >>> dwa = DynamicWeightAverage(["depth", "normals"])
+    >>> model.compile(
+    ...     optimizer="sgd",
+    ...     loss={"depth": "mae", "normals": "mse"},
+    ...     loss_weights=dwa.loss_weights,
+    ... )
+    >>> x = np.ones((8, 4))
+    >>> y = {"depth": np.ones((8, 1)), "normals": np.ones((8, 3))}
+    >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[dwa])
+    >>> history.history["depth_weight"][:2]
+    [1.0, 1.0]
+    >>> round(sum(float(weight) for weight in dwa.loss_weights.values()), 5)
+    2.0
+
+    Reference:
+        Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[str] | Mapping[str, float],
+        temperature: float = 2.0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__()
+        self.outputs = _check_outputs(outputs)
+        self.temperature = check_temperature(temperature)
+        self.verbose = verbose
+        self._state = LossWeights(self.outputs)
+        self._warned_of_sign = False
+
+    def __repr__(self) -> str:
+        names: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
+        return f"DynamicWeightAverage({names}, temperature={self.temperature})"
+
+    @property
+    def loss_weights(self) -> dict[str, LossWeight]:
+        """The live weights by output name, for `compile(loss_weights=...)`."""
+        self._sync()
+        return dict(self._state.weights)
+
+    def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Closes an epoch: moves the weights by the averages of its losses.
+
+        `on_epoch_end` calls it; call it yourself only in a loop without `fit`.
+
+        Args:
+            losses: output name to the unweighted loss averaged over the epoch, a scalar each.
+                Without it, nothing happens.
+
+        Returns:
+            The weights by output name, as floats.
+
+        Raises:
+            ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
+        """
+        self._sync()
+        if losses is not None:
+            self._close_epoch(self._check_losses(losses))
+        return self._state.values()
+
+    def reset(self) -> None:
+        """Goes back to the first epoch: the base weights, and no epoch known."""
+        self._sync()
+        self._state.reset()
+        self._warned_of_sign = False
+
+    def set_model(self, model: keras.Model) -> None:
+        check_compiled(model, self._state.weights)
+        tracked = getattr(model, self._state.name, None) is self._state
+        if not tracked or model is not self.model:
+            self._attach(model)
+            super().set_model(model)
+            self.reset()
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        logs = {} if logs is None else logs
+        losses = self._losses_of(logs)
+        weights = self._state.values()
+        new_weights = self.step(losses)
+        logs.update({f"{name}_weight": weight for name, weight in weights.items()})
+        logs["base_loss"] = self._base_loss(logs["loss"], losses, weights)
+        if "val_loss" in logs:
+            val_losses = self._losses_of(logs, prefix="val_")
+            logs["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
+        if self.verbose > 0:
+            shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())
+            print(f"\nEpoch {epoch + 1}: DynamicWeightAverage setting loss weights to {shown}.")
+
+    def _sync(self) -> None:
+        # On JAX, a model's variables have no value while an epoch runs; `Callback.model` puts them
+        # back, and the next step takes them from there.
+        self.model  # noqa: B018
+
+    def _attach(self, model: keras.Model) -> None:
+        # `fit` builds a subclassed model before its callbacks see it, which locks its tracker.
+        with unlocked_tracker(model) as tracker:
+            tracker.untrack(getattr(model, self._state.name, None))
+            setattr(model, self._state.name, self._state)
+
+    def _check_losses(self, losses: Mapping[str, float]) -> NDArray[np.float64]:
+        if set(losses) != set(self.outputs):
+            raise ValueError(
+                f"`step` takes one loss per output of {list(self.outputs)}. Found {list(losses)}."
+            )
+        values = {name: keras.ops.convert_to_numpy(losses[name]) for name in self.outputs}
+        for name, value in values.items():
+            if value.shape != ():
+                raise ValueError(
+                    f"`step` takes the average of each loss over the epoch, a scalar. Found the "
+                    f"shape {value.shape} for {name!r}."
+                )
+        return np.array(list(values.values()), dtype=np.float64)
+
+    def _close_epoch(self, averages: NDArray[np.float64]) -> None:
+        state = self._state
+        state.epochs += 1
+        lambdas = self._next_lambdas(averages)
+        held = np.array(list(state.values().values()))
+        # Assigned even where they stay: on JAX, Keras 3.10 compiles the step once more when a
+        # variable of the model is assigned between epochs for the first time.
+        state.assign(held if lambdas is None else state.base_weights * lambdas)
+
+    def _next_lambdas(self, averages: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        state = self._state
+        not_finite = ~np.isfinite(averages)
+        if not_finite.any():
+            self._warn_hold(not_finite, averages, "not finite; the epoch is left out of the rates")
+            return None
+        state.epoch_losses = np.vstack([state.epoch_losses, averages])[-2:]
+        if len(state.epoch_losses) < 2:
+            return None
+        before_previous, previous = state.epoch_losses
+        undefined = undefined_rates(previous, before_previous)
+        if undefined.any():
+            self._warn_hold(undefined, averages, "after 0 in the epoch before, which has no rate")
+            return None
+        self._warn_of_sign(previous, before_previous)
+        return dwa_weights(previous, before_previous, self.temperature)
+
+    def _warn_hold(
+        self, affected: NDArray[np.bool_], averages: NDArray[np.float64], reason: str
+    ) -> None:
+        found = self._named(affected, averages)
+        warnings.warn(
+            f"Epoch {self._state.epochs}: DynamicWeightAverage holds the loss weights, because the "
+            f"loss of {found} is {reason}.",
+            stacklevel=5,
+        )
+
+    def _warn_of_sign(
+        self, previous: NDArray[np.float64], before_previous: NDArray[np.float64]
+    ) -> None:
+        flipped = np.sign(previous) * np.sign(before_previous) < 0
+        if flipped.any() and not self._warned_of_sign:
+            self._warned_of_sign = True
+            warnings.warn(
+                f"Epoch {self._state.epochs}: the loss of {self._named(flipped, previous)} changed "
+                "its sign. DynamicWeightAverage assumes losses of constant sign: a negative rate "
+                "lowers a weight, however the loss moved.",
+                stacklevel=5,
+            )
+
+    def _named(self, affected: NDArray[np.bool_], values: NDArray[np.float64]) -> str:
+        pairs = zip(self.outputs, values.tolist(), affected, strict=True)
+        return ", ".join(f"{name!r} ({value})" for name, value, is_one in pairs if is_one)
+
+    def _losses_of(self, logs: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+        keys = [f"{prefix}{name}_loss" for name in self.outputs]
+        if len(keys) == 1 and keys[0] not in logs:
+            keys = [f"{prefix}loss"]  # Keras logs the loss of a single output as `loss` alone.
+        missing = [key for key in [f"{prefix}loss", *keys] if key not in logs]
+        if missing:
+            raise ValueError(
+                f"`logs` lacks {missing}, which DynamicWeightAverage needs. It has {list(logs)}. "
+                "Name the outputs as in the logs (without `_loss`); a `train_step` or `test_step` "
+                "of your own must return `self.compute_metrics(x, y, y_pred, sample_weight)`."
+            )
+        return {name: logs[key] for name, key in zip(self.outputs, keys, strict=True)}
+
+    def _base_loss(
+        self, total: float, losses: Mapping[str, float], weights: Mapping[str, float]
+    ) -> float:
+        if not math.isfinite(total):
+            return total
+        return total + sum(
+            (base_weight - weights[name]) * losses[name]
+            for name, base_weight in self.outputs.items()
+        )
+
+
+def _check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    if isinstance(outputs, str) or not isinstance(outputs, (Sequence, Mapping)):
+        raise ValueError(
+            "`outputs` must be a sequence of output names, or a dict of name to base weight. "
+            f"Found `outputs = {outputs!r}`."
+        )
+    names = list(outputs)
+    if not names:
+        raise ValueError(f"`outputs` must name at least one output. Found `outputs = {outputs}`.")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"`outputs` must hold names. Found {name!r} in `outputs = {outputs}`.")
+        if names.count(name) > 1:
+            raise ValueError(f"`outputs` names {name!r} more than once: `outputs = {outputs}`.")
+    base_weights = outputs if isinstance(outputs, Mapping) else dict.fromkeys(names, 1.0)
+    for name, base_weight in base_weights.items():
+        if not is_positive(base_weight) or not _fits_floatx(base_weight, len(names)):
+            raise ValueError(
+                "A base weight must be a finite number > 0, and stay so in "
+                f"{keras.config.floatx()}. Found {base_weight!r} for {name!r}."
+            )
+    return {name: float(base_weight) for name, base_weight in base_weights.items()}
+
+
+def _fits_floatx(base_weight: float, count: int) -> bool:
+    # The largest weight of an output is its base weight times the number of outputs.
+    return all(
+        is_positive(float(keras.ops.cast(value, keras.config.floatx())))
+        for value in (float(base_weight), float(base_weight) * count)
+    )

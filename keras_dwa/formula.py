@@ -1,0 +1,115 @@
+"""The Dynamic Weight Average equation: NumPy in and out, no Keras."""
+
+import math
+import numbers
+from fractions import Fraction
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def dwa_weights(
+    previous: ArrayLike, before_previous: ArrayLike, temperature: float = 2.0
+) -> NDArray[np.float64]:
+    r"""Weights of K losses from how fast each of them fell over two epochs.
+
+    Dynamic Weight Average gives the loss that falls slowest the largest weight:
+
+        lambda_k(t) = K * exp(w_k(t-1) / T) / sum_i exp(w_i(t-1) / T)
+        w_k(t-1) = L_k(t-1) / L_k(t-2)
+
+    where
+
+    - `L_k(t)` is loss k averaged over epoch t, before any weighting;
+    - `w_k(t-1)` is the relative descending rate of loss k, small where it falls fast;
+    - `T` is the temperature: the larger, the more uniform the weights;
+    - `K` is the number of losses, which the weights sum to.
+
+    A loss that is 0 in both epochs is done: its rate is 1, the rate of a loss that stays as it is.
+
+    The rates and their differences are computed exactly, as fractions, so that no ratio, however
+    large or small, overflows: the weights are always finite, never negative, and sum to K.
+
+    Args:
+        previous: the averages of the last epoch, `L_k(t-1)`. Shape `(K,)`, any real dtype.
+        before_previous: the averages of the epoch before it, `L_k(t-2)`, in the same order.
+        temperature: `T`, a finite number > 0. The paper uses 2.0.
+
+    Returns:
+        The weights `lambda_k(t)`: a float64 array of shape `(K,)`.
+
+    Raises:
+        ValueError: if the averages are not two finite vectors of one length, if an average was 0
+            and no longer is (its rate does not exist), or if `temperature` is not a finite
+            number > 0.
+
+    Example:
+
+    >>> from keras_dwa import dwa_weights
+    >>> dwa_weights([0.5, 0.9], [1.0, 1.0])  # The second loss fell less: it gets more weight.
+    array([0.90033201, 1.09966799])
+
+    Reference:
+        Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019,
+        "Dynamic Weight Average".
+    """
+    temperature = check_temperature(temperature)
+    rates = _relative_descending_rates(previous, before_previous)
+    largest = max(rates)
+    # A logit below -800 is 0 in float64 after `exp`; capped there, it cannot overflow on the way.
+    logits = [(rate - largest) / Fraction(temperature) for rate in rates]
+    unnormalized = np.exp([float(max(logit, Fraction(-800))) for logit in logits])
+    return np.asarray(len(rates) * unnormalized / unnormalized.sum(), dtype=np.float64)
+
+
+def _relative_descending_rates(previous: ArrayLike, before_previous: ArrayLike) -> list[Fraction]:
+    new = _check_averages("previous", previous)
+    old = _check_averages("before_previous", before_previous)
+    if new.shape != old.shape:
+        raise ValueError(
+            "`previous` and `before_previous` must hold the same losses in the same order. "
+            f"Found {new.size} and {old.size} values."
+        )
+    if undefined_rates(new, old).any():
+        raise ValueError(
+            "A loss that was 0 in the epoch before and is not 0 now has no rate. "
+            f"Found `previous = {new.tolist()}`, `before_previous = {old.tolist()}`."
+        )
+    return [
+        Fraction(later) / Fraction(earlier) if earlier else Fraction(1)
+        for later, earlier in zip(new.tolist(), old.tolist(), strict=True)
+    ]
+
+
+def undefined_rates(
+    previous: NDArray[np.float64], before_previous: NDArray[np.float64]
+) -> NDArray[np.bool_]:
+    """Which losses were 0 and no longer are, so that their rate does not exist. Shape `(K,)`."""
+    undefined: NDArray[np.bool_] = (before_previous == 0) & (previous != 0)
+    return undefined
+
+
+def check_temperature(temperature: float) -> float:
+    """The temperature as a Python float, or a ValueError if it is not finite and > 0."""
+    if not is_positive(temperature):
+        raise ValueError(
+            f"`temperature` must be a finite number > 0. Found `temperature = {temperature!r}`."
+        )
+    return float(temperature)
+
+
+def is_positive(value: object) -> bool:
+    """Whether `value` is a real number that is finite and > 0 as a float."""
+    try:
+        return isinstance(value, numbers.Real) and 0 < float(value) < math.inf
+    except OverflowError:
+        return False
+
+
+def _check_averages(name: str, averages: ArrayLike) -> NDArray[np.float64]:
+    array = np.asarray(averages, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0 or not np.isfinite(array).all():
+        raise ValueError(
+            f"`{name}` must be a vector of one or more finite numbers. Found {averages!r}."
+        )
+    return array

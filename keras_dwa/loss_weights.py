@@ -1,0 +1,102 @@
+"""Live loss weights: variables that a compiled step reads, and the state that a model tracks."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+
+@keras.saving.register_keras_serializable(package="keras_dwa")
+class LossWeight(keras.Variable):
+    """The weight of one output's loss: a non-trainable scalar variable of dtype `floatx`.
+
+    Keras accepts it in `compile(loss_weights=...)` and multiplies the loss by its current value. A
+    saved model holds that value as a plain float, so that it loads as an ordinary compiled model.
+    """
+
+    def __init__(self, value: float) -> None:
+        super().__init__(
+            value,
+            dtype=keras.config.floatx(),
+            trainable=False,
+            autocast=False,
+            name="loss_weight",
+        )
+
+    def get_config(self) -> dict[str, float]:
+        return {"value": float(self)}
+
+    @classmethod
+    def from_config(cls, config: dict[str, float]) -> float:
+        return config["value"]
+
+
+class LossWeights(keras.metrics.Metric):
+    """The loss weights of all outputs, with the epoch averages that the next weights come from.
+
+    It is a metric because a model hands the variables of its metrics to every step, where JAX would
+    otherwise freeze them, without counting them among its own weights. It measures nothing.
+
+    Args:
+        base_weights: output name to base weight.
+
+    Attributes:
+        weights: output name to `LossWeight`.
+        base_weights: float64 array of shape `(K,)`, in the order of `weights`.
+        epoch_losses: the last averages known, oldest first: float64, shape `(0 to 2, K)`.
+        epochs: how many epochs were closed.
+    """
+
+    def __init__(self, base_weights: Mapping[str, float]) -> None:
+        super().__init__(name="dynamic_weight_average")
+        self.weights = {name: LossWeight(value) for name, value in base_weights.items()}
+        self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
+        self.reset()
+
+    def reset(self) -> None:
+        """Goes back to the base weights and forgets every epoch."""
+        self.assign(self.base_weights)
+        self.epoch_losses = np.empty((0, len(self.weights)))
+        self.epochs = 0
+
+    def assign(self, values: NDArray[np.floating[Any]]) -> None:
+        """Sets the weights, given in order. Shape `(K,)`."""
+        for weight, value in zip(self.weights.values(), values, strict=True):
+            weight.assign(value)
+
+    def values(self) -> dict[str, float]:
+        """The weights as floats, by output name."""
+        return {name: float(weight) for name, weight in self.weights.items()}
+
+    def reset_state(self) -> None:
+        """Keeps everything: Keras calls this at the start of each epoch and each evaluation."""
+
+    def result(self) -> dict[str, Any]:
+        """Nothing: the callback logs the weights."""
+        return {}
+
+    def save_own_variables(self, store: Any) -> None:
+        """Writes the state into a weights file."""
+        store["outputs"] = np.frombuffer(json.dumps(list(self.weights)).encode(), dtype=np.uint8)
+        store["weights"] = np.array(list(self.values().values()))
+        store["epoch_losses"] = self.epoch_losses
+        store["epochs"] = np.array(self.epochs)
+
+    def load_own_variables(self, store: Any) -> None:
+        """Reads the state from a weights file; keeps its own if the file has none."""
+        if not store.keys():
+            return
+        outputs = json.loads(bytes(np.asarray(store["outputs"])))
+        if sorted(outputs) != sorted(self.weights):
+            raise ValueError(
+                f"The file holds Dynamic Weight Average's state for the outputs {outputs}, but "
+                f"this callback has {list(self.weights)}. Make the callback with the file's "
+                f"outputs: keras_dwa.DynamicWeightAverage({outputs})"
+            )
+        order = [outputs.index(name) for name in self.weights]
+        self.assign(np.asarray(store["weights"])[order])
+        self.epoch_losses = np.asarray(store["epoch_losses"])[:, order]
+        self.epochs = int(np.asarray(store["epochs"]))

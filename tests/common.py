@@ -1,0 +1,104 @@
+"""The smallest models and data that can show a claim, and the checks that every run must pass."""
+
+import itertools
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+BACKEND = keras.backend.backend()
+
+SAMPLES = 40
+X = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype("float32")
+# The two targets differ in how fast they are learned, so that the weights move apart.
+Y = {
+    "easy": (X @ [[1.0], [-1.0], [0.5], [0.0]]).astype("float32"),
+    "hard": np.random.default_rng(1).normal(size=(SAMPLES, 2)).astype("float32"),
+}
+LOSSES = {"easy": "mse", "hard": "mae"}
+
+MODES = {
+    "default": {},
+    "jit": {"jit_compile": True},
+    "eager": {"run_eagerly": True},
+    "steps_per_execution": {"steps_per_execution": 4},
+}
+
+
+def mode_of(request):
+    """Arguments of `compile` for the way to run a step that a fixture asks for."""
+    if BACKEND == "torch":
+        if request.param == "steps_per_execution":
+            pytest.skip("Keras takes no steps_per_execution on torch")
+        if request.param == "jit" and not (
+            request.node.get_closest_marker("torch_compile")
+            or request.config.getoption("--torch-compile")
+        ):
+            pytest.skip("torch takes 20 s to compile a Keras step: `nox -s torch_compile` runs all")
+    return MODES[request.param]
+
+
+def forget_compiled_torch():
+    """Starts torch.compile afresh: it runs a function eagerly once it compiled it 8 times."""
+    if BACKEND == "torch" and "torch._dynamo" in sys.modules:
+        import torch
+
+        torch._dynamo.reset()
+
+
+def heads(width=6, **trunk):
+    """An input, and the outputs of two heads on one shared trunk."""
+    inputs = keras.Input((4,))
+    features = keras.layers.Dense(width, activation="tanh", **trunk)(inputs)
+    outputs = {
+        "easy": keras.layers.Dense(1, name="easy")(features),
+        "hard": keras.layers.Dense(2, name="hard")(features),
+    }
+    return inputs, outputs
+
+
+def dict_model(**trunk):
+    return keras.Model(*heads(**trunk))
+
+
+def train(model, dwa, x=X, y=Y, *, loss=LOSSES, epochs=4, optimizer=None, mode=None, **fit):
+    """Compiles and fits as a user would; returns the history's dict."""
+    if y is not None:
+        fit.setdefault("batch_size", 8)
+    model.compile(
+        optimizer=optimizer or keras.optimizers.SGD(0.05),
+        loss=loss,
+        loss_weights=dwa.loss_weights,
+        **(mode or {}),
+    )
+    return model.fit(x, y, epochs=epochs, verbose=0, callbacks=[dwa], **fit).history
+
+
+def expected_weights(history, dwa, temperature):
+    """The weights of each epoch by the paper's formula, from the logged losses. (epochs, K)"""
+    losses = np.array([history[f"{name}_loss"] for name in dwa.outputs], dtype="float64").T
+    base = np.array(list(dwa.outputs.values()))
+    weights = [base, base]
+    for before_previous, previous in itertools.pairwise(losses):
+        exponentials = np.exp(previous / before_previous / temperature)
+        weights.append(base * len(base) * exponentials / exponentials.sum())
+    return np.array(weights[: len(losses)])
+
+
+def check_run(history, dwa, regularization=0.0):
+    """The logged loss is the weighted sum of the logged parts; the weights follow the formula."""
+    names = list(dwa.outputs)
+    weights = np.array([history[f"{name}_weight"] for name in names]).T
+    for prefix in ("", "val_"):
+        if f"{prefix}loss" in history:
+            parts = np.array([history[f"{prefix}{name}_loss"] for name in names]).T
+            # With `validation_freq`, the last epoch of each period is the validated one.
+            had = weights[len(weights) // len(parts) - 1 :: len(weights) // len(parts)]
+            totals = (had * parts).sum(axis=1) + regularization
+            np.testing.assert_allclose(history[f"{prefix}loss"], totals, rtol=1e-5)
+    expected = expected_weights(history, dwa, dwa.temperature)
+    np.testing.assert_allclose(weights, expected, rtol=1e-6)
+    if len(weights) > 2:
+        # Otherwise a weight that never reached the step would pass, too.
+        assert np.abs(weights[2:] / weights[0] - 1).max() > 1e-3

@@ -1,0 +1,179 @@
+"""The weights enter the step that `fit` runs, and move there."""
+
+import itertools
+
+import keras
+import numpy as np
+import pytest
+from common import (
+    BACKEND,
+    LOSSES,
+    MODES,
+    SAMPLES,
+    X,
+    Y,
+    check_run,
+    dict_model,
+    heads,
+    mode_of,
+    train,
+)
+
+from keras_dwa import DynamicWeightAverage
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(mode, marks=pytest.mark.torch_compile) for mode in MODES]
+)
+def run(request):
+    """A callback with base weights, and the history of six epochs with it, in each mode."""
+    keras.utils.set_random_seed(0)
+    dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2)
+    validation = {"validation_data": (X[:8], _first(8))}
+    return dwa, train(dict_model(), dwa, mode=mode_of(request), epochs=6, **validation)
+
+
+def test_logged_loss_is_the_weighted_sum_and_weights_follow_the_formula(run):
+    dwa, history = run
+    check_run(history, dwa)
+
+
+def test_weights_are_the_base_weights_for_two_epochs_and_then_move(run):
+    _, history = run
+    assert history["easy_weight"][:2] == [3.0, 3.0]
+    assert history["hard_weight"][:2] == [0.5, 0.5]
+    assert abs(history["easy_weight"][2] / 3.0 - 1) > 0.05
+
+
+def test_weights_sum_to_their_number_times_the_base_weights(run):
+    _, history = run
+    lambdas = np.array([history["easy_weight"], history["hard_weight"]]) / [[3.0], [0.5]]
+    np.testing.assert_allclose(lambdas.sum(axis=0), 2, rtol=1e-6)
+
+
+@pytest.mark.torch_compile
+def test_parameters_move_by_the_weighted_gradient(mode):
+    inputs = keras.Input((4,))
+    features = keras.layers.Dense(3, use_bias=False, name="trunk")(inputs)
+    outputs = {
+        name: keras.layers.Dense(units, use_bias=False, name=name)(features)
+        for name, units in {"easy": 1, "hard": 2}.items()
+    }
+    model = keras.Model(inputs, outputs)
+    kernels = []
+
+    class Kernels(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            layers = [self.model.get_layer(name) for name in ("trunk", "easy", "hard")]
+            kernels.append([np.float64(layer.get_weights()[0]) for layer in layers])
+
+    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.05)
+    model.compile(
+        optimizer=keras.optimizers.SGD(0.1),
+        loss={"easy": "mse", "hard": "mse"},
+        loss_weights=dwa.loss_weights,
+        **mode,
+    )
+    history = model.fit(
+        X, Y, batch_size=SAMPLES, epochs=5, verbose=0, callbacks=[Kernels(), dwa]
+    ).history
+
+    for epoch, (old, new) in enumerate(itertools.pairwise(kernels)):
+        trunk, *head_kernels = old
+        trunk_gradient = np.zeros_like(trunk)
+        for name, head, new_head in zip(("easy", "hard"), head_kernels, new[1:], strict=True):
+            # d/dhead and d/dtrunk of weight * mean((x @ trunk @ head - y) ** 2)
+            error = X @ trunk @ head - Y[name]
+            error_gradient = history[f"{name}_weight"][epoch] * 2 * error / error.size
+            trunk_gradient += X.T @ error_gradient @ head.T
+            head_gradient = (X @ trunk).T @ error_gradient
+            np.testing.assert_allclose(new_head - head, -0.1 * head_gradient, atol=1e-6)
+        np.testing.assert_allclose(new[0] - trunk, -0.1 * trunk_gradient, atol=1e-6)
+    assert abs(history["easy_weight"][3] - 1) > 0.01
+
+
+@pytest.mark.torch_compile
+def test_weight_of_zero_within_an_epoch_stops_the_gradient_of_the_next_step(mode):
+    model = dict_model()
+    dwa = DynamicWeightAverage(["easy", "hard"])
+    kernels = []
+
+    class Silence(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            dwa.loss_weights["hard"].assign(0.0)
+            kernels.append(self.model.get_layer("hard").get_weights()[0])
+
+    model.compile(optimizer="sgd", loss=LOSSES, loss_weights=dwa.loss_weights, **mode)
+    model.fit(X, Y, batch_size=4, verbose=0, callbacks=[dwa, Silence()])
+    assert len(kernels) > 1
+    np.testing.assert_array_equal(kernels[0], kernels[-1])
+
+
+@pytest.mark.parametrize("jit_compile", ["auto", True])
+def test_step_is_compiled_as_often_as_with_static_weights(jit_compile, compilation_counter):
+    if BACKEND == "torch" and jit_compile == "auto":
+        pytest.skip("Keras compiles nothing on torch unless jit_compile=True")
+
+    layer, count = compilation_counter
+
+    def compilations(epochs, dwa=None):
+        inputs, outputs = heads()
+        model = keras.Model(inputs, {name: layer(output) for name, output in outputs.items()})
+        weights = dwa.loss_weights if dwa else {"easy": 1.0, "hard": 2.0}
+        model.compile(optimizer="sgd", loss=LOSSES, loss_weights=weights, jit_compile=jit_compile)
+        forget_compiled_torch()
+        before = count()
+        callbacks = [dwa] if dwa else []
+        model.fit(X, Y, validation_split=0.2, epochs=epochs, verbose=0, callbacks=callbacks)
+        return count() - before
+
+    if BACKEND == "jax":
+        compilations(1)  # The small functions that a process compiles once.
+    static = compilations(6)
+    assert static > 0
+    assert compilations(6, DynamicWeightAverage(["easy", "hard"], temperature=0.2)) == static
+
+
+@pytest.fixture
+def compilation_counter():
+    """A layer to put in the model, and a function that tells how often it was compiled so far."""
+    if BACKEND == "tensorflow":
+        traces = []
+
+        class CountTraces(keras.layers.Layer):
+            def call(self, inputs):
+                traces.append(1)
+                return inputs
+
+        yield CountTraces(), lambda: len(traces)
+    elif BACKEND == "jax":
+        from jax import monitoring
+
+        compiled = []
+
+        def listen(event, _seconds, **_):
+            if event == "/jax/core/compile/backend_compile_duration":
+                compiled.append(event)
+
+        monitoring.register_event_duration_secs_listener(listen)
+        yield keras.layers.Identity(), lambda: len(compiled)
+        monitoring.unregister_event_duration_listener(listen)
+    else:
+        from torch._dynamo.utils import counters
+
+        yield keras.layers.Identity(), lambda: counters["stats"]["unique_graphs"]
+
+
+def test_validation_never_moves_the_weights():
+    histories = []
+    for fit in ({}, {"validation_data": (X[:8], _first(8))}):
+        keras.utils.set_random_seed(0)
+        dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+        # On torch, a validation pass draws from the generator that shuffles.
+        histories.append(train(dict_model(), dwa, shuffle=False, **fit))
+    assert histories[0]["easy_weight"] == histories[1]["easy_weight"]
+    assert histories[0]["easy_weight"][3] != 1
+
+
+def _first(count):
+    return {name: target[:count] for name, target in Y.items()}

@@ -1,0 +1,148 @@
+"""The two epochs that DWA remembers: when they go on, when they start afresh, what they survive."""
+
+import keras
+import numpy as np
+import pytest
+from common import LOSSES, X, Y, check_run, dict_model, train
+
+from keras_dwa import DynamicWeightAverage, dwa_weights
+
+
+@pytest.fixture
+def dwa():
+    return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+
+
+def joined(first, second):
+    return {key: first[key] + second[key] for key in first}
+
+
+def test_second_fit_on_the_same_model_continues_the_history(dwa):
+    model = dict_model()
+    first = train(model, dwa, epochs=3)
+    check_run(joined(first, train(model, dwa, epochs=3)), dwa)
+
+
+def test_second_fit_without_a_new_compile_continues_the_history(dwa):
+    model = dict_model()
+    first = train(model, dwa, epochs=1)
+    second = model.fit(X, Y, batch_size=8, epochs=4, verbose=0, callbacks=[dwa]).history
+    check_run(joined(first, second), dwa)
+
+
+def test_second_model_starts_afresh(dwa):
+    train(dict_model(), dwa, epochs=4)
+    check_run(train(dict_model(), dwa, epochs=4), dwa)
+
+
+def test_return_to_the_first_model_starts_afresh(dwa):
+    model = dict_model()
+    train(model, dwa, epochs=3)
+    train(dict_model(), dwa, epochs=3)
+    check_run(train(model, dwa, epochs=4), dwa)
+
+
+def test_reset_starts_afresh(dwa):
+    model = dict_model()
+    train(model, dwa, epochs=3)
+    dwa.reset()
+    check_run(train(model, dwa, epochs=4), dwa)
+
+
+def test_evaluate_before_the_first_fit_does_no_harm(dwa, mode):
+    model = dict_model()
+    model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights, **mode)
+    model.evaluate(X, Y, batch_size=8, verbose=0)
+    history = model.fit(
+        X, Y, batch_size=8, epochs=4, validation_split=0.2, verbose=0, callbacks=[dwa]
+    ).history
+    check_run(history, dwa)
+
+
+def test_evaluate_after_training_uses_the_current_weights(dwa):
+    model = dict_model()
+    train(model, dwa)
+    results = model.evaluate(X, Y, batch_size=8, verbose=0, return_dict=True)
+    weights = {name: float(weight) for name, weight in dwa.loss_weights.items()}
+    expected = sum(weights[name] * results[f"{name}_loss"] for name in weights)
+    np.testing.assert_allclose(results["loss"], expected, rtol=1e-5)
+    assert abs(weights["easy"] - 1) > 1e-3
+
+
+def test_first_fit_after_a_refused_one_moves_the_weights(dwa):
+    model = dict_model()
+    model.compile("sgd", LOSSES)
+    with pytest.raises(ValueError, match=r"loss_weights=dwa\.loss_weights"):
+        model.fit(X, Y, verbose=0, callbacks=[dwa])
+    check_run(train(model, dwa), dwa)
+
+
+def test_callbacks_in_turn_on_one_model_each_start_afresh_and_leave_nothing_behind(dwa):
+    model = dict_model()
+    variables = []
+    for callback in (dwa, DynamicWeightAverage(["easy", "hard"], temperature=0.1), dwa):
+        check_run(train(model, callback), callback)
+        variables.append(len(model.metrics_variables))
+    assert len(set(variables)) == 1
+
+
+def test_model_keeps_its_own_weights_and_summary(dwa, capsys):
+    model = dict_model()
+    model.compile("sgd", LOSSES)
+    model.summary()
+    summary, before = capsys.readouterr().out, [v.path for v in model.weights]
+    train(model, dwa)
+    model.summary()
+    # The optimizer's variables, which `summary` counts once it is built, apart.
+    assert capsys.readouterr().out.splitlines()[:10] == summary.splitlines()[:10]
+    assert [v.path for v in model.weights] == before
+
+
+def test_step_moves_the_weights_by_the_averages_given(dwa):
+    assert dwa.step({"easy": 2.0, "hard": 4.0}) == {"easy": 1.0, "hard": 1.0}
+    weights = dwa.step({"hard": 3.0, "easy": 1.0})
+    expected = dwa_weights([1.0, 3.0], [2.0, 4.0], 0.2)
+    np.testing.assert_allclose([weights["easy"], weights["hard"]], expected, rtol=1e-6)
+    assert weights["hard"] > weights["easy"]
+
+
+def test_step_takes_tensors_and_numpy_scalars(dwa):
+    dwa.step({"easy": np.float32(2.0), "hard": keras.ops.convert_to_tensor(4.0)})
+    assert dwa.step({"easy": 1, "hard": np.array(4.0)})["hard"] > 1.5
+
+
+def test_oldest_epoch_is_dropped(dwa):
+    dwa.step({"easy": 100.0, "hard": 1.0})
+    dwa.step({"easy": 2.0, "hard": 4.0})
+    weights = dwa.step({"easy": 1.0, "hard": 2.0})
+    np.testing.assert_allclose([weights["easy"], weights["hard"]], 1.0, rtol=1e-6)
+
+
+def test_step_without_data_does_nothing(dwa):
+    dwa.step({"easy": 2.0, "hard": 4.0})
+    moved = dwa.step({"easy": 1.0, "hard": 3.0})
+    assert dwa.step() == moved
+    np.testing.assert_allclose(
+        dwa.step({"easy": 1.0, "hard": 3.0})["easy"], 1.0, rtol=1e-6
+    )  # The epoch before is still the last one with data.
+
+
+def test_reset_within_an_epoch_reaches_the_next_step(dwa):
+    model = dict_model()
+    train(model, dwa)
+    seen = []
+
+    class Reset(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            dwa.reset()
+            seen.append(dwa.step())
+
+    model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa, Reset()])
+    assert seen[-1] == {"easy": 1.0, "hard": 1.0}
+
+
+def test_repr_shows_outputs_and_temperature(dwa):
+    assert repr(dwa) == "DynamicWeightAverage(['easy', 'hard'], temperature=0.2)"
+    assert repr(DynamicWeightAverage({"a": 2, "b": 1})) == (
+        "DynamicWeightAverage({'a': 2.0, 'b': 1.0}, temperature=2.0)"
+    )
