@@ -137,14 +137,13 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {} if logs is None else logs
-        losses = self._losses_of(logs)
-        weights = self._state.values()
-        new_weights = self.step(losses)
+        losses, weights = self._losses_of(logs), self._state.values()
         logs.update({f"{name}_weight": weight for name, weight in weights.items()})
         logs["base_loss"] = self._base_loss(logs["loss"], losses, weights)
         if "val_loss" in logs:
             val_losses = self._losses_of(logs, prefix="val_")
             logs["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
+        new_weights = self.step(losses)
         if self.verbose > 0:
             shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())
             print(f"\nEpoch {epoch + 1}: DynamicWeightAverage setting loss weights to {shown}.")
@@ -276,8 +275,8 @@ def _check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, fl
 
 
 def _fits_floatx(base_weight: float, count: int) -> bool:
-    # The largest weight of an output is its base weight times the number of outputs.
-    return all(
-        is_positive(float(keras.ops.cast(value, keras.config.floatx())))
-        for value in (float(base_weight), float(base_weight) * count)
-    )
+    # The largest weight of an output is its base weight times the number of outputs. NumPy does not
+    # know bfloat16, which has the range of float32.
+    floatx = keras.config.floatx()
+    limits = np.finfo("float32" if floatx == "bfloat16" else floatx)
+    return float(limits.tiny) <= base_weight <= float(limits.max) / count

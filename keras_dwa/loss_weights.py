@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -70,6 +70,10 @@ class LossWeights(keras.metrics.Metric):
     def values(self) -> dict[str, float]:
         """The weights as floats, by output name."""
         return {name: float(weight) for name, weight in self.weights.items()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
+        return self
 
     def reset_state(self) -> None:
         """Keeps everything: Keras calls this at the start of each epoch and each evaluation."""

@@ -20,14 +20,14 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
     weights = keras.tree.flatten(loss_weights)
     if not any(weight is own for weight in weights for own in ours.values()):
         raise ValueError(
-            "The model was not compiled with this callback's loss weights: they would have no "
+            "`model` was not compiled with this callback's loss weights: they would have no "
             f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}"
         )
     output_names = getattr(model, "output_names", list(ours))
     if isinstance(loss, (list, tuple)):
         raise ValueError(
-            f"`model` was compiled with `loss` as a {type(loss).__name__}, which Keras pairs with "
-            "`loss_weights` in alphabetical order of the names. Compile with a dict:\n"
+            "`model` was compiled with `loss` as a list, which Keras pairs with `loss_weights` in "
+            "alphabetical order of the names. Compile with a dict:\n"
             f"    {_compile_call(output_names)}"
         )
     if not isinstance(loss, dict):

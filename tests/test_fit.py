@@ -14,6 +14,7 @@ from common import (
     Y,
     check_run,
     dict_model,
+    forget_compiled_torch,
     heads,
     mode_of,
     train,

@@ -1,5 +1,7 @@
 """The two epochs that DWA remembers: when they go on, when they start afresh, what they survive."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -96,6 +98,15 @@ def test_model_keeps_its_own_weights_and_summary(dwa, capsys):
     # The optimizer's variables, which `summary` counts once it is built, apart.
     assert capsys.readouterr().out.splitlines()[:10] == summary.splitlines()[:10]
     assert [v.path for v in model.weights] == before
+
+
+def test_deep_copy_moves_the_weights_of_the_original(dwa):
+    model = dict_model()
+    model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=dwa.loss_weights)
+    copied = copy.deepcopy(dwa)
+    history = model.fit(X, Y, batch_size=8, epochs=4, verbose=0, callbacks=[copied]).history
+    check_run(history, copied)
+    assert copied.step() == dwa.step()
 
 
 def test_step_moves_the_weights_by_the_averages_given(dwa):

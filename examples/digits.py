@@ -1,0 +1,113 @@
+"""Three tasks on rotated handwritten digits: which digit, by what angle, and the upright image.
+
+    python examples/digits.py
+
+trains a shared trunk with three heads by Dynamic Weight Average, prints the losses and weights of
+each epoch, and compares each task on test data with the same run under equal weights. The backend
+is the one that KERAS_BACKEND names: tensorflow, jax (if it is unset) or torch.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+from scipy.ndimage import rotate
+from sklearn.datasets import load_digits
+
+from keras_dwa import DynamicWeightAverage
+
+TASKS = {"digit": "sparse_categorical_crossentropy", "angle": "mse", "upright": "mse"}
+
+
+def rotated_digits():
+    """Images turned by random angles up to 90 degrees either way, and the three tasks' targets."""
+    digits = load_digits()
+    upright = (digits.images / 16).astype("float32")
+    degrees = np.random.default_rng(0).uniform(-90, 90, size=len(upright))
+    turned = [
+        rotate(image, degree, reshape=False, order=1)
+        for image, degree in zip(upright, degrees, strict=True)
+    ]
+    radians = np.radians(degrees)
+    targets = {
+        "digit": digits.target,
+        "angle": np.stack([np.sin(radians), np.cos(radians)], axis=1).astype("float32"),
+        "upright": upright.reshape(-1, 64),
+    }
+    return np.stack(turned)[..., None], targets
+
+
+def build_model():
+    image = keras.Input((8, 8, 1))
+    trunk = keras.layers.Conv2D(32, 3, padding="same", activation="relu")(image)
+    trunk = keras.layers.Conv2D(32, 3, strides=2, padding="same", activation="relu")(trunk)
+    trunk = keras.layers.Dense(128, activation="relu")(keras.layers.Flatten()(trunk))
+    heads = {
+        "digit": keras.layers.Dense(10, activation="softmax"),
+        "angle": keras.layers.Dense(2),
+        "upright": keras.layers.Dense(64, activation="sigmoid"),
+    }
+    return keras.Model(image, {name: head(trunk) for name, head in heads.items()})
+
+
+def train(x, y, epochs, loss_weights=None, callbacks=()):
+    """The trained model and its history; the same start and batches whatever the weights."""
+    keras.utils.set_random_seed(0)
+    model = build_model()
+    model.compile(optimizer="adam", loss=TASKS, loss_weights=loss_weights)
+    history = model.fit(x, y, epochs=epochs, batch_size=64, verbose=0, callbacks=list(callbacks))
+    return model, history.history
+
+
+def task_metrics(model, x, y):
+    predictions = model.predict(x, verbose=0)
+    sines, cosines = predictions["angle"].T
+    turn = np.degrees(np.arctan2(sines, cosines) - np.arctan2(*y["angle"].T))
+    return {
+        "digit: accuracy": np.mean(predictions["digit"].argmax(axis=1) == y["digit"]),
+        "angle: mean error in degrees": np.abs((turn + 180) % 360 - 180).mean(),
+        "upright: mean squared error": np.square(predictions["upright"] - y["upright"]).mean(),
+    }
+
+
+def print_epochs(history):
+    print(f"{'':5} | " + " | ".join(f"{name:^15}" for name in TASKS).rstrip())
+    print("epoch | " + " | ".join(f"{'loss':>7} {'weight':>7}" for _ in TASKS))
+    print("------+-" + "-+-".join("-" * 15 for _ in TASKS))
+    for epoch in range(len(history["loss"])):
+        cells = (
+            f"{history[f'{name}_loss'][epoch]:7.4f} {history[f'{name}_weight'][epoch]:7.3f}"
+            for name in TASKS
+        )
+        print(f"{epoch + 1:5} | " + " | ".join(cells))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=15)
+    epochs = parser.parse_args().epochs
+
+    x, y = rotated_digits()
+    # Batches of one size, so that an epoch's average is the same over batches and samples.
+    split = 22 * 64
+    x_train, y_train = x[:split], {name: target[:split] for name, target in y.items()}
+    x_test, y_test = x[split:], {name: target[split:] for name, target in y.items()}
+
+    dwa = DynamicWeightAverage(list(TASKS), temperature=2.0)
+    weighted, history = train(x_train, y_train, epochs, dwa.loss_weights, [dwa])
+    equal, _ = train(x_train, y_train, epochs)
+
+    print(f"Keras {keras.__version__} on {keras.backend.backend()}: {epochs} epochs with {dwa}\n")
+    print_epochs(history)
+    print(f"\n{'on ' + str(len(x_test)) + ' test images':30} | {'DWA':>8} | equal weights")
+    print("-" * 30 + "-+-" + "-" * 8 + "-+-" + "-" * 13)
+    with_equal = task_metrics(equal, x_test, y_test)
+    for metric, value in task_metrics(weighted, x_test, y_test).items():
+        print(f"{metric:30} | {value:8.4f} | {with_equal[metric]:8.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""`nox` runs everything that is checked; `nox --list` shows what runs only on demand."""
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+
+# The test environments' versions; what users install has ranges, in pyproject.toml.
+KERAS = "keras==3.15.1"
+OLDEST_KERAS = "keras==3.10.0"
+BACKENDS = {
+    "tensorflow": ["tensorflow-cpu==2.21.0", "tensorboard==2.21.0"],
+    "jax": ["jax==0.10.2"],
+    "torch": ["torch==2.13.0", "torchjd==0.18.0"],
+}
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "sybil", "scikit-learn"]
+
+
+def install(session, *packages):
+    session.install("-c", "constraints.txt", *packages)
+
+
+def run_tests(session, backend, *arguments):
+    """The suite, the code in the README and in the docstrings, and the example in short."""
+    environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    session.run("pytest", "-n", "2", *arguments, *session.posargs, env=environment)
+    session.run("python", "examples/digits.py", "--epochs", "3", env=environment)
+
+
+@nox.session
+def lint(session):
+    install(session, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session):
+    install(session, "mypy", KERAS)
+    session.run("mypy")
+
+
+@nox.session
+@nox.parametrize("backend", BACKENDS)
+def tests(session, backend):
+    """On each backend, in an environment that has no other."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    run_tests(session, backend)
+
+
+@nox.session
+def oldest(session):
+    """On the oldest Keras that runs with today's JAX."""
+    install(session, OLDEST_KERAS, *BACKENDS["jax"], *TEST_TOOLS, ".")
+    run_tests(session, "jax")
+
+
+@nox.session(default=False)
+@nox.parametrize("backend", BACKENDS)
+def nightly(session, backend):
+    """On tomorrow's Keras."""
+    install(session, *BACKENDS[backend], *TEST_TOOLS)
+    # TensorFlow brings a released Keras, in whose place the nightly goes.
+    session.run("pip", "uninstall", "--yes", "keras", silent=True)
+    session.install("--pre", "--upgrade", "keras-nightly")
+    session.install("--no-deps", ".")
+    run_tests(session, backend)
+
+
+@nox.session(default=False)
+def torch_compile(session):
+    """Every test in torch's jit mode, too; one such test takes 20 seconds."""
+    install(session, KERAS, *BACKENDS["torch"], *TEST_TOOLS, ".")
+    run_tests(session, "torch", "--torch-compile")
