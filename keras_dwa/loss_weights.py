@@ -26,6 +26,10 @@ class LossWeight(keras.Variable):
             name="loss_weight",
         )
 
+    def __float__(self) -> float:
+        # By way of NumPy, since `float` of a variable under a tf.distribute strategy fails.
+        return float(keras.ops.convert_to_numpy(self))
+
     def get_config(self) -> dict[str, float]:
         return {"value": float(self)}
 
