@@ -40,7 +40,7 @@ def types(session):
 
 
 @nox.session
-@nox.parametrize("backend", BACKENDS)
+@nox.parametrize("backend", list(BACKENDS))
 def tests(session, backend):
     """On each backend, in an environment that has no other."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
@@ -55,7 +55,7 @@ def oldest(session):
 
 
 @nox.session(default=False)
-@nox.parametrize("backend", BACKENDS)
+@nox.parametrize("backend", list(BACKENDS))
 def nightly(session, backend):
     """On tomorrow's Keras."""
     install(session, *BACKENDS[backend], *TEST_TOOLS)
