@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from keras_dwa._keras_internals import unlocked_tracker
 from keras_dwa.formula import check_temperature, dwa_weights, is_positive, undefined_rates
 from keras_dwa.loss_weights import LossWeight, LossWeights
-from keras_dwa.wiring import check_compiled
+from keras_dwa.wiring import check_compiled, is_compiled_with
 
 
 class DynamicWeightAverage(keras.callbacks.Callback):
@@ -101,6 +101,12 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self._sync()
         return dict(self._state.weights)
 
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The weights, and what a `CompoundLoss` records: the state for its `stateless_call`."""
+        self._sync()
+        return list(self._state.variables)
+
     def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
         """Closes an epoch: moves the weights by the averages of its losses.
 
@@ -108,7 +114,8 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
         Args:
             losses: output name to the unweighted loss averaged over the epoch, a scalar each.
-                Without it, nothing happens.
+                Without it, the averages that a `CompoundLoss` recorded since the last `step`;
+                where there are none, nothing happens.
 
         Returns:
             The weights by output name, as floats.
@@ -117,18 +124,27 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
         """
         self._sync()
+        if losses is None:
+            losses = self._state.recorded_averages()
         if losses is not None:
             self._close_epoch(self._check_losses(losses))
+        self._state.reset_state()
         return self._state.values()
 
     def reset(self) -> None:
-        """Goes back to the first epoch: the base weights, and no epoch known."""
+        """Goes back to the first epoch: the base weights, no epoch known, nothing recorded."""
         self._sync()
         self._state.reset()
         self._warned_of_sign = False
 
     def set_model(self, model: keras.Model) -> None:
-        check_compiled(model, self._state.weights)
+        weights = self._state.weights
+        # With a compound loss, the weights may enter through the model's `compute_loss` instead.
+        self._state.in_logs = self._state.record is not None and not is_compiled_with(
+            model, weights
+        )
+        if not self._state.in_logs:
+            check_compiled(model, weights)
         tracked = getattr(model, self._state.name, None) is self._state
         if not tracked or model is not self.model:
             self._attach(model)

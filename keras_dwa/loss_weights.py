@@ -42,7 +42,8 @@ class LossWeights(keras.metrics.Metric):
     """The loss weights of all outputs, with the epoch averages that the next weights come from.
 
     It is a metric because a model hands the variables of its metrics to every step, where JAX would
-    otherwise freeze them, without counting them among its own weights. It measures nothing.
+    otherwise freeze them, without counting them among its own weights. As a metric it averages the
+    losses that a `CompoundLoss` records; without one it measures nothing.
 
     Args:
         base_weights: output name to base weight.
@@ -52,12 +53,18 @@ class LossWeights(keras.metrics.Metric):
         base_weights: float64 array of shape `(K,)`, in the order of `weights`.
         epoch_losses: the last averages known, oldest first: float64, shape `(0 to 2, K)`.
         epochs: how many epochs were closed.
+        record: the sums of the K losses recorded since the last reset, then their number: a
+            variable of shape `(K + 1,)` and dtype `floatx`. None until `start_recording`.
+        in_logs: whether the recorded averages are the model's logs.
     """
 
     def __init__(self, base_weights: Mapping[str, float]) -> None:
         super().__init__(name="dynamic_weight_average")
         self.weights = {name: LossWeight(value) for name, value in base_weights.items()}
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
+        self.record: Any = None
+        self.in_logs = False
+        self._recorded = False
         self.reset()
 
     def reset(self) -> None:
@@ -65,6 +72,7 @@ class LossWeights(keras.metrics.Metric):
         self.assign(self.base_weights)
         self.epoch_losses = np.empty((0, len(self.weights)))
         self.epochs = 0
+        self.reset_state()
 
     def assign(self, values: NDArray[np.floating[Any]]) -> None:
         """Sets the weights, given in order. Shape `(K,)`."""
@@ -79,12 +87,51 @@ class LossWeights(keras.metrics.Metric):
         # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
         return self
 
+    def start_recording(self) -> None:
+        """Makes the variable that `update_state` records in."""
+        if self.record is None:
+            shape = (len(self.weights) + 1,)
+            self.record = self.add_variable(shape, initializer="zeros", name="record")
+
+    def update_state(self, losses: Any, samples: Any = 1) -> None:
+        """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
+        self._recorded = True
+        ones = keras.ops.ones((1,), self.record.dtype)
+        values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
+        samples = keras.ops.cast(samples, self.record.dtype)
+        self.record.assign_add(samples * keras.ops.concatenate([values, ones]))
+
     def reset_state(self) -> None:
-        """Keeps everything: Keras calls this at the start of each epoch and each evaluation."""
+        """Forgets what was recorded, and nothing else.
+
+        Keras calls this at the start of each epoch and of each evaluation.
+        """
+        if self.record is not None:
+            self.record.assign(keras.ops.zeros(self.record.shape, self.record.dtype))
 
     def result(self) -> dict[str, Any]:
-        """Nothing: the callback logs the weights."""
-        return {}
+        """The recorded averages as `<name>_loss`, where they are the model's logs."""
+        if not (self.in_logs and self._recorded):
+            return {}
+        record = keras.ops.convert_to_tensor(self.record)
+        averages = record[:-1] / record[-1]
+        return {f"{name}_loss": averages[k] for k, name in enumerate(self.weights)}
+
+    def recorded_averages(self) -> dict[str, float] | None:
+        """The recorded averages as floats by output name; None where nothing was recorded."""
+        if self.record is None:
+            return None
+        try:
+            *sums, samples = keras.ops.convert_to_numpy(self.record).tolist()
+        except TypeError as error:
+            raise ValueError(
+                "The losses were recorded in a function under `jax.jit`, where a variable cannot "
+                "keep them. Use `CompoundLoss.stateless_call` there, and assign the variables that "
+                "it returns to `dwa.variables`."
+            ) from error
+        if samples == 0:
+            return None
+        return {name: value / samples for name, value in zip(self.weights, sums, strict=True)}
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into a weights file."""

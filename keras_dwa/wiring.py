@@ -9,6 +9,12 @@ from keras_dwa._keras_internals import compiled_loss_weights
 from keras_dwa.loss_weights import LossWeight
 
 
+def is_compiled_with(model: keras.Model, ours: Mapping[str, LossWeight]) -> bool:
+    """Whether `model` was compiled with any of our weights."""
+    compiled = keras.tree.flatten(compiled_loss_weights(model))
+    return any(weight is own for weight in compiled for own in ours.values())
+
+
 def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
     """Raises a ValueError that shows the call to write, unless each loss of `model` has its weight.
 
@@ -18,7 +24,7 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
     """
     loss, loss_weights = model.loss, compiled_loss_weights(model)
     weights = keras.tree.flatten(loss_weights)
-    if not any(weight is own for weight in weights for own in ours.values()):
+    if not is_compiled_with(model, ours):
         raise ValueError(
             "`model` was not compiled with this callback's loss weights: they would have no "
             f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}"

@@ -1,0 +1,206 @@
+"""How the weights combine losses outside `compile`: in custom loops, and other loss terms."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from keras_dwa.callback import DynamicWeightAverage
+from keras_dwa.loss_weights import LossWeight
+
+
+class CompoundLoss(keras.losses.Loss):
+    """The weighted sum of several losses, under the weights of a `DynamicWeightAverage`.
+
+    For what `compile(loss_weights=...)` cannot do: training loops of your own, and loss terms that
+    are not outputs of the model (a VAE's reconstruction and KL divergence, a PINN's residual and
+    boundary terms).
+
+    Each call also records the unweighted losses. In a loop of your own, `dwa.step()` at the end of
+    an epoch moves the weights by what was recorded. Under `fit`, with a `Model.compute_loss` that
+    calls the compound loss, pass `dwa` as a callback: the losses then appear in the logs as
+    `<name>_loss`, and the callback does the rest.
+
+    An epoch's average is over samples for calls, and over batches for `combine`, which cannot know
+    how many samples a term stands for.
+
+    On JAX, use `stateless_call` in functions that you give to `jax.jit`: variables do not keep what
+    is assigned there. (`fit` takes care of this itself.)
+
+    Args:
+        losses: output name to loss: anything that `keras.losses.get` takes, a name, a function or a
+            `keras.losses.Loss`. A sequence of names, when you only `combine` terms.
+        dwa: the callback with the weights. Its outputs must be the same names.
+
+    Raises:
+        ValueError: if `losses` and `dwa` have different names, or a loss is not one.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_dwa import CompoundLoss, DynamicWeightAverage
+    >>> dwa = DynamicWeightAverage(["depth", "normals"])
+    >>> compound = CompoundLoss({"depth": "mae", "normals": "mse"}, dwa)
+    >>> y_true = {"depth": np.zeros((2, 1)), "normals": np.zeros((2, 3))}
+    >>> y_pred = {"depth": np.ones((2, 1)), "normals": 2 * np.ones((2, 3))}
+    >>> float(compound(y_true, y_pred))
+    5.0
+    >>> float(compound.combine({"depth": 2.0, "normals": 1.0}))
+    3.0
+    >>> dwa.step()  # Closes the first epoch.
+    {'depth': 1.0, 'normals': 1.0}
+    """
+
+    def __init__(
+        self, losses: Mapping[str, Any] | Sequence[str], dwa: DynamicWeightAverage
+    ) -> None:
+        super().__init__(name="compound_loss")
+        if isinstance(losses, str) or set(losses) != set(dwa.outputs):
+            raise ValueError(
+                f"`losses` must have the names of `dwa`, {list(dwa.outputs)}. Found {losses!r}."
+            )
+        self._identifiers = dict(losses) if isinstance(losses, Mapping) else {}
+        self._losses = {name: _as_loss(loss) for name, loss in self._identifiers.items()}
+        self._dwa = dwa
+        self._dwa._state.start_recording()
+
+    def __repr__(self) -> str:
+        return f"CompoundLoss({self._identifiers or list(self._dwa.outputs)}, {self._dwa!r})"
+
+    @property
+    def losses(self) -> dict[str, Any]:
+        """The losses by output name, as given: for `compile(loss=...)`."""
+        self._check_has_losses()
+        return dict(self._identifiers)
+
+    @property
+    def loss_weights(self) -> dict[str, LossWeight]:
+        """The weights by output name: for `compile(loss_weights=...)`."""
+        return self._dwa.loss_weights
+
+    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        """The weighted sum of the outputs' losses; records the unweighted losses.
+
+        Args:
+            y_true: output name to targets; names without a loss are left aside, as in `y_pred`.
+            y_pred: output name to predictions. The first axis holds the samples.
+            sample_weight: output name to weights of the samples, for any of the outputs; or one
+                tensor for all of them.
+
+        Returns:
+            A scalar tensor of `floatx` or a wider dtype.
+
+        Raises:
+            ValueError: if `y_true` or `y_pred` is not a dict that has every output, or
+                `sample_weight` has a name that no loss has.
+        """
+        self._check_has_losses()
+        self._check_outputs("y_true", y_true)
+        self._check_outputs("y_pred", y_pred)
+        if not isinstance(sample_weight, Mapping):
+            sample_weight = dict.fromkeys(self._losses, sample_weight)
+        elif not set(sample_weight) <= set(self._losses):
+            raise ValueError(
+                f"`sample_weight` takes the names {list(self._losses)}. Found "
+                f"{list(sample_weight)}."
+            )
+        values = {
+            name: loss(y_true[name], y_pred[name], sample_weight.get(name))
+            for name, loss in self._losses.items()
+        }
+        samples = keras.ops.shape(y_pred[next(iter(self._losses))])[0]
+        return self._combine(values, samples)
+
+    def combine(self, values: Mapping[str, Any]) -> Any:
+        """The weighted sum of loss terms; records the unweighted terms.
+
+        Args:
+            values: name to the term's value for this batch, a scalar each.
+
+        Returns:
+            A scalar tensor of `floatx` or a wider dtype.
+
+        Raises:
+            ValueError: if `values` has other names than the callback, or a value is not a scalar.
+        """
+        return self._combine(values, samples=1)
+
+    def stateless_call(
+        self, variables: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """The same as a call, as a pure function: for `jax.jit` and the like.
+
+        Throw the variables that it returns away to leave the record alone, as in validation.
+
+        Args:
+            variables: the values of `dwa.variables`, in order.
+            y_true: as in a call.
+            y_pred: as in a call.
+            sample_weight: as in a call.
+
+        Returns:
+            The loss, and the new values of the variables.
+
+        Raises:
+            ValueError: as in a call, or if `variables` are not as many as `dwa.variables`.
+        """
+        references = self._dwa.variables
+        if len(variables) != len(references):
+            raise ValueError(
+                f"`variables` must be the values of `dwa.variables`, {len(references)} of them. "
+                f"Found {len(variables)}."
+            )
+        with keras.StatelessScope(zip(references, variables, strict=True)) as scope:
+            loss = self(y_true, y_pred, sample_weight)
+        return loss, [scope.get_current_value(variable) for variable in references]
+
+    def _combine(self, values: Mapping[str, Any], samples: Any) -> Any:
+        state = self._dwa._state
+        if set(values) != set(state.weights):
+            raise ValueError(
+                f"`combine` takes one term for each of {list(state.weights)}. Found {list(values)}."
+            )
+        terms = [keras.ops.convert_to_tensor(values[name]) for name in state.weights]
+        for name, term in zip(state.weights, terms, strict=True):
+            if term.shape != ():
+                raise ValueError(
+                    f"`combine` takes scalars. Found the shape {tuple(term.shape)} for {name!r}: "
+                    "reduce it first, say by `keras.ops.mean`."
+                )
+        dtype = keras.backend.result_type(keras.config.floatx(), *(term.dtype for term in terms))
+        stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
+        state.update_state(stacked, samples)
+        weights = keras.ops.stack(
+            [keras.ops.cast(weight, dtype) for weight in state.weights.values()]
+        )
+        return keras.ops.sum(stacked * keras.ops.stop_gradient(weights))
+
+    def _check_has_losses(self) -> None:
+        if not self._losses:
+            raise ValueError(
+                f"This compound loss has names only and can only `combine`. Found {self!r}. Give "
+                "each name its loss: CompoundLoss({name: loss, ...}, dwa)"
+            )
+
+    def _check_outputs(self, argument: str, outputs: Any) -> None:
+        names = list(self._losses)
+        if not isinstance(outputs, Mapping):
+            raise ValueError(
+                f"A compound loss takes dicts with the outputs {names}. Found a "
+                f"{type(outputs).__name__} for `{argument}`. For `compile`, write\n"
+                "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+            )
+        if not set(names) <= set(outputs):
+            raise ValueError(f"`{argument}` must have the outputs {names}. Found {list(outputs)}.")
+
+
+# What `compile` wraps a loss function in, for its mean, mask, sample weights and ranks. Keras
+# exports only its subclasses.
+_LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
+
+
+def _as_loss(identifier: Any) -> keras.losses.Loss:
+    loss = keras.losses.get(identifier)
+    if loss is None:
+        raise ValueError("A compound loss needs a loss for every name. Found None.")
+    return loss if isinstance(loss, keras.losses.Loss) else _LossFunctionWrapper(loss)
