@@ -20,10 +20,10 @@ def install(session, *packages):
 
 
 def run_tests(session, backend, *arguments):
-    """The suite, the code in the README and in the docstrings, and the example in short."""
+    """The suite, the code in the README and in the docstrings, and the examples in short."""
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    session.run("pytest", "-n", "2", *arguments, *session.posargs, env=environment)
-    session.run("python", "examples/digits.py", "--epochs", "3", env=environment)
+    workers = ["-n", "2", "--dist", "loadgroup"]
+    session.run("pytest", *workers, *arguments, *session.posargs, env=environment)
 
 
 @nox.session

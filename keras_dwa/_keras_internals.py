@@ -3,8 +3,6 @@
 Each fails with a message that names the attribute, should a later Keras drop it.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -19,17 +17,23 @@ def compiled_loss_weights(model: keras.Model) -> Any:
     return None if compile_loss is None else _private(compile_loss, "_user_loss_weights")
 
 
-@contextlib.contextmanager
-def unlocked_tracker(model: keras.Model) -> Iterator[Any]:
-    """Lets a built model take new state, as `Layer.enable_lora` does; yields its tracker."""
+def track(model: keras.Model, metric: keras.metrics.Metric) -> None:
+    """Sets `metric` as the attribute of its name, in place of a former one, on built models, too.
+
+    A built model refuses new state: its tracker is unlocked for the assignment, as in
+    `Layer.enable_lora`.
+    """
     tracker = _private(model, "_tracker")
-    locked = _private(tracker, "locked")
-    tracker.unlock()
+    locked, unlock, lock, untrack = (
+        _private(tracker, name) for name in ("locked", "unlock", "lock", "untrack")
+    )
+    unlock()
     try:
-        yield tracker
+        untrack(getattr(model, metric.name, None))
+        setattr(model, metric.name, metric)
     finally:
         if locked:
-            tracker.lock()
+            lock()
 
 
 def _private(owner: Any, attribute: str) -> Any:

@@ -3,13 +3,14 @@
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa._keras_internals import unlocked_tracker
+from keras_dwa._keras_internals import track
 from keras_dwa.formula import check_temperature, dwa_weights, is_positive, undefined_rates
 from keras_dwa.loss_weights import LossWeight, LossWeights
 from keras_dwa.wiring import check_compiled, is_compiled_with
@@ -110,7 +111,9 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
         """Closes an epoch: moves the weights by the averages of its losses.
 
-        `on_epoch_end` calls it; call it yourself only in a loop without `fit`.
+        `on_epoch_end` calls it; call it yourself only in a loop without `fit`. If that loop calls
+        `train_on_batch`, call `set_model(model)` before it, as `fit` does: the model then hands the
+        weights to its compiled step.
 
         Args:
             losses: output name to the unweighted loss averaged over the epoch, a scalar each.
@@ -154,11 +157,17 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {} if logs is None else logs
         losses, weights = self._losses_of(logs), self._state.values()
-        logs.update({f"{name}_weight": weight for name, weight in weights.items()})
-        logs["base_loss"] = self._base_loss(logs["loss"], losses, weights)
+        added = {f"{name}_weight": weight for name, weight in weights.items()}
+        added["base_loss"] = self._base_loss(logs["loss"], losses, weights)
         if "val_loss" in logs:
             val_losses = self._losses_of(logs, prefix="val_")
-            logs["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
+            added["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
+        if taken := [key for key in added if key in logs]:
+            raise ValueError(
+                f"`logs` has {taken} already, where DynamicWeightAverage would write. Give the "
+                "output or metric another name, and the callback to `fit` once only."
+            )
+        logs.update(added)
         new_weights = self.step(losses)
         if self.verbose > 0:
             shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())
@@ -170,24 +179,27 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self.model  # noqa: B018
 
     def _attach(self, model: keras.Model) -> None:
-        # `fit` builds a subclassed model before its callbacks see it, which locks its tracker.
-        with unlocked_tracker(model) as tracker:
-            tracker.untrack(getattr(model, self._state.name, None))
-            setattr(model, self._state.name, self._state)
+        name = self._state.name
+        former = getattr(model, name, None)
+        if not isinstance(former, LossWeights | None):
+            raise ValueError(
+                f"`model.{name}` is taken: DynamicWeightAverage keeps its state there. Found "
+                f"{former!r}. Give that another name."
+            )
+        track(model, self._state)
+        tracked = {id(variable) for variable in model.metrics_variables}
+        if not tracked.issuperset(map(id, self._state.variables)):
+            raise ValueError(
+                f"`{type(model).__name__}.metrics` hides the loss weights from the training step, "
+                "in which JAX would freeze them. Return `[*super().metrics, ...]` from it."
+            )
 
     def _check_losses(self, losses: Mapping[str, float]) -> NDArray[np.float64]:
         if set(losses) != set(self.outputs):
             raise ValueError(
                 f"`step` takes one loss per output of {list(self.outputs)}. Found {list(losses)}."
             )
-        values = {name: keras.ops.convert_to_numpy(losses[name]) for name in self.outputs}
-        for name, value in values.items():
-            if value.shape != ():
-                raise ValueError(
-                    f"`step` takes the average of each loss over the epoch, a scalar. Found the "
-                    f"shape {value.shape} for {name!r}."
-                )
-        return np.array(list(values.values()), dtype=np.float64)
+        return np.array([_as_float(name, losses[name]) for name in self.outputs])
 
     def _close_epoch(self, averages: NDArray[np.float64]) -> None:
         state = self._state
@@ -202,7 +214,9 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         state = self._state
         not_finite = ~np.isfinite(averages)
         if not_finite.any():
-            self._warn_hold(not_finite, averages, "not finite; the epoch is left out of the rates")
+            self._warn_hold(
+                not_finite, averages, "is not finite; the epoch is left out of the rates"
+            )
             return None
         state.epoch_losses = np.vstack([state.epoch_losses, averages])[-2:]
         if len(state.epoch_losses) < 2:
@@ -210,7 +224,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         before_previous, previous = state.epoch_losses
         undefined = undefined_rates(previous, before_previous)
         if undefined.any():
-            self._warn_hold(undefined, averages, "after 0 in the epoch before, which has no rate")
+            self._warn_hold(undefined, averages, "rose from 0, so that it has no rate")
             return None
         self._warn_of_sign(previous, before_previous)
         return dwa_weights(previous, before_previous, self.temperature)
@@ -220,8 +234,8 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     ) -> None:
         found = self._named(affected, averages)
         warnings.warn(
-            f"Epoch {self._state.epochs}: DynamicWeightAverage holds the loss weights, because the "
-            f"loss of {found} is {reason}.",
+            f"DynamicWeightAverage holds the loss weights after {self._state.epochs} epochs: the "
+            f"loss of {found} {reason}.",
             stacklevel=5,
         )
 
@@ -232,15 +246,15 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         if flipped.any() and not self._warned_of_sign:
             self._warned_of_sign = True
             warnings.warn(
-                f"Epoch {self._state.epochs}: the loss of {self._named(flipped, previous)} changed "
-                "its sign. DynamicWeightAverage assumes losses of constant sign: a negative rate "
-                "lowers a weight, however the loss moved.",
+                f"The loss of {self._named(flipped, previous)} changed its sign after "
+                f"{self._state.epochs} epochs. DynamicWeightAverage assumes that losses keep "
+                "theirs: a negative rate lowers a weight, however the loss moved.",
                 stacklevel=5,
             )
 
     def _named(self, affected: NDArray[np.bool_], values: NDArray[np.float64]) -> str:
         pairs = zip(self.outputs, values.tolist(), affected, strict=True)
-        return ", ".join(f"{name!r} ({value})" for name, value, is_one in pairs if is_one)
+        return ", ".join(f"{name!r} ({value})" for name, value, named in pairs if named)
 
     def _losses_of(self, logs: Mapping[str, float], prefix: str = "") -> dict[str, float]:
         keys = [f"{prefix}{name}_loss" for name in self.outputs]
@@ -253,7 +267,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 "Name the outputs as in the logs (without `_loss`); a `train_step` or `test_step` "
                 "of your own must return `self.compute_metrics(x, y, y_pred, sample_weight)`."
             )
-        return {name: logs[key] for name, key in zip(self.outputs, keys, strict=True)}
+        return {name: float(logs[key]) for name, key in zip(self.outputs, keys, strict=True)}
 
     def _base_loss(
         self, total: float, losses: Mapping[str, float], weights: Mapping[str, float]
@@ -264,6 +278,17 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             (base_weight - weights[name]) * losses[name]
             for name, base_weight in self.outputs.items()
         )
+
+
+def _as_float(name: str, loss: Any) -> float:
+    value = np.asarray(loss if isinstance(loss, Real) else keras.ops.convert_to_numpy(loss))
+    # "V" is bfloat16, which NumPy does not know.
+    if value.shape != () or value.dtype.kind not in "iufV":
+        raise ValueError(
+            "`step` takes the average of each loss over the epoch, a real number or a scalar "
+            f"tensor. Found {loss!r} for {name!r}."
+        )
+    return float(value)
 
 
 def _check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:

@@ -17,13 +17,13 @@ class LossWeight(keras.Variable):
     saved model holds that value as a plain float, so that it loads as an ordinary compiled model.
     """
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: float, output: str) -> None:
         super().__init__(
             value,
             dtype=keras.config.floatx(),
             trainable=False,
             autocast=False,
-            name="loss_weight",
+            name=f"{output}_weight".replace("/", "."),  # Keras keeps "/" for paths.
         )
 
     def __float__(self) -> float:
@@ -60,7 +60,7 @@ class LossWeights(keras.metrics.Metric):
 
     def __init__(self, base_weights: Mapping[str, float]) -> None:
         super().__init__(name="dynamic_weight_average")
-        self.weights = {name: LossWeight(value) for name, value in base_weights.items()}
+        self.weights = {name: LossWeight(value, name) for name, value in base_weights.items()}
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         self.record: Any = None
         self.in_logs = False

@@ -23,55 +23,45 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
         ours: output name to the weight that its loss must have.
     """
     loss, loss_weights = model.loss, compiled_loss_weights(model)
-    weights = keras.tree.flatten(loss_weights)
+    output_names = getattr(model, "output_names", list(ours))
+    if loss is None:
+        raise ValueError(
+            f"`model` was compiled without a loss. Write\n    {_compile_call(output_names)}"
+        )
     if not is_compiled_with(model, ours):
         raise ValueError(
             "`model` was not compiled with this callback's loss weights: they would have no "
             f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}"
         )
-    output_names = getattr(model, "output_names", list(ours))
     if isinstance(loss, (list, tuple)):
         raise ValueError(
             "`model` was compiled with `loss` as a list, which Keras pairs with `loss_weights` in "
-            "alphabetical order of the names. Compile with a dict:\n"
-            f"    {_compile_call(output_names)}"
+            "alphabetical order of the names. Compile with a dict (a subclassed model must return "
+            f"one, too):\n    {_compile_call(output_names)}"
         )
     if not isinstance(loss, dict):
-        if len(output_names) > 1:
+        if max(len(output_names), len(ours)) > 1:
             raise ValueError(
-                f"`model` was compiled with one loss, {loss!r}, for the outputs {output_names}. "
-                f"Compile with a dict:\n    {_compile_call(output_names)}"
+                f"`model` was compiled with one loss, {loss!r}, for all its outputs. Compile with "
+                f"a dict:\n    {_compile_call(output_names)}"
             )
         return
-    losses = _by_path(loss)
-    names = [name for name, value in losses.items() if value is not None]
-    if set(names) != set(ours):
+    losses = dict(keras.tree.flatten_with_path(loss))
+    names = {path: _path_name(path) for path, value in losses.items() if value is not None}
+    if set(names.values()) != set(ours):
+        found = list(names.values())
         raise ValueError(
-            f"`model` was compiled with losses for {names}, but the callback has the outputs "
-            f"{list(ours)}. Write\n    dwa = keras_dwa.DynamicWeightAverage({names})\n"
-            f"    {_compile_call(names)}"
+            f"`model` was compiled with losses for {found}, but the callback has the outputs "
+            f"{list(ours)}. Write\n    dwa = keras_dwa.DynamicWeightAverage({found})\n"
+            f"    {_compile_call(found)}"
         )
-    pairs = _as_keras_pairs(loss, loss_weights) if len(weights) == len(losses) else {}
-    paired = _by_path(pairs)
-    if any(paired.get(name) is not own for name, own in ours.items()):
+    # Keras pairs other structures by their order, which is not the same on every backend.
+    weights = dict(keras.tree.flatten_with_path(loss_weights))
+    if weights.keys() != losses.keys() or any(weights[p] is not ours[names[p]] for p in names):
         raise ValueError(
-            f"`loss_weights={loss_weights}` does not give each loss its own weight. Compile with\n"
-            f"    loss_weights={_loss_weights_like(loss)}"
+            f"`loss_weights={loss_weights}` must have the structure of `loss`, and each loss its "
+            f"own weight. Compile with\n    loss_weights={_loss_weights_like(loss)}"
         )
-
-
-def _as_keras_pairs(loss: Any, loss_weights: Any) -> Any:
-    # `CompileLoss.build` pairs by name, and where the structures differ by the order of flattening,
-    # which sorts the names on TensorFlow and JAX but not on torch.
-    try:
-        keras.tree.assert_same_structure(loss, loss_weights)
-    except ValueError:
-        return keras.tree.pack_sequence_as(loss, keras.tree.flatten(loss_weights))
-    return loss_weights
-
-
-def _by_path(nested: Any) -> dict[str, Any]:
-    return {_path_name(path): leaf for path, leaf in keras.tree.flatten_with_path(nested)}
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

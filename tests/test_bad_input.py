@@ -5,7 +5,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, X, Y, check_run, dict_model, heads, train
+from common import BACKEND, LOSSES, X, Y, dict_model, heads, train
 
 from keras_dwa import DynamicWeightAverage
 
@@ -91,7 +91,9 @@ def test_model_compiled_with_another_callbacks_weights_is_refused(dwa):
 def test_model_compiled_without_a_loss_is_refused(dwa):
     model = dict_model()
     model.compile(optimizer="sgd")
-    with pytest.raises(ValueError, match=re.escape(TO_WRITE)):
+    with pytest.raises(
+        ValueError, match="compiled without a loss. Write\n" + re.escape(f"    {TO_WRITE}")
+    ):
         dwa.set_model(model)
 
 
@@ -105,7 +107,7 @@ def test_list_of_losses_is_refused_with_the_dict_to_write(dwa):
     model = compiled(list_model(), ["mae", "mse"], dwa.loss_weights)
     message = (
         "`loss` as a list, which Keras pairs with `loss_weights` in alphabetical order of the "
-        "names. Compile with a dict:\n"
+        "names. Compile with a dict (a subclassed model must return one, too):\n"
         "    model.compile(..., loss={'hard': ..., 'easy': ...}, loss_weights=dwa.loss_weights)"
     )
     check_refused(model, dwa, message, [Y["hard"], Y["easy"]])
@@ -114,7 +116,9 @@ def test_list_of_losses_is_refused_with_the_dict_to_write(dwa):
 def test_one_loss_for_all_outputs_is_refused():
     dwa = DynamicWeightAverage(["easy"])
     model = compiled(dict_model(), "mse", dwa.loss_weights)
-    check_refused(model, dwa, "one loss, 'mse', for the outputs ['easy', 'hard']")
+    check_refused(
+        model, dwa, "one loss, 'mse', for all its outputs. Compile with a dict:\n    model"
+    )
 
 
 def test_other_names_than_the_losses_are_refused():
@@ -142,22 +146,58 @@ def test_weights_swapped_by_hand_are_refused(dwa):
     check_refused(compiled(dict_model(), LOSSES, swapped), dwa, to_write)
 
 
-def test_nested_losses_that_keras_would_pair_wrongly_are_refused_and_the_fix_works():
+def test_flat_weights_of_nested_losses_are_refused_with_the_structure_to_write():
     inputs, outputs = heads()
     # Flattened, "a" comes before "a-b"; as paths, "a-b" comes before "a/easy".
     model = keras.Model(inputs, {"a": {"easy": outputs["easy"]}, "a-b": outputs["hard"]})
     targets = {"a": {"easy": Y["easy"]}, "a-b": Y["hard"]}
     losses = {"a": {"easy": "mse"}, "a-b": "mae"}
-    # On torch, flattening keeps the order of the dict.
-    names = ["a-b", "a/easy"] if BACKEND == "torch" else ["a/easy", "a-b"]
-    dwa = DynamicWeightAverage(names, temperature=0.2)
-    to_write = "loss_weights={'a': {'easy': dwa.loss_weights['a/easy']}, 'a-b': dwa.loss_weights"
+    dwa = DynamicWeightAverage(["a/easy", "a-b"])
+    to_write = (
+        "loss_weights={'a': {'easy': dwa.loss_weights['a/easy']}, 'a-b': dwa.loss_weights['a-b']}"
+    )
     check_refused(compiled(model, losses, dwa.loss_weights), dwa, to_write, targets)
 
-    weights = dwa.loss_weights
-    compiled(model, losses, {"a": {"easy": weights["a/easy"]}, "a-b": weights["a-b"]})
-    history = model.fit(X, targets, batch_size=8, epochs=4, verbose=0, callbacks=[dwa]).history
-    check_run(history, dwa)
+
+def test_list_of_weights_is_refused(dwa):
+    # Keras pairs it with the outputs in the model's order, not in that of the loss dict.
+    weights = [dwa.loss_weights["easy"], dwa.loss_weights["hard"]]
+    model = compiled(list_model(), LOSSES, weights)
+    to_write = "loss_weights={'easy': dwa.loss_weights['easy'], 'hard': dwa.loss_weights['hard']}"
+    check_refused(model, dwa, to_write, [Y["hard"], Y["easy"]])
+
+
+class OwnMetrics(keras.Model):
+    @property
+    def metrics(self):
+        return []
+
+
+def test_metrics_that_hide_the_weights_from_the_step_are_refused(dwa):
+    model = compiled(OwnMetrics(*heads()), LOSSES, dwa.loss_weights)
+    check_refused(model, dwa, "`OwnMetrics.metrics` hides the loss weights")
+
+
+def test_attribute_that_is_taken_is_refused(dwa):
+    model = compiled(dict_model(), LOSSES, dwa.loss_weights)
+    model.dynamic_weight_average = "mine"
+    check_refused(model, dwa, "`model.dynamic_weight_average` is taken")
+    assert model.dynamic_weight_average == "mine"
+
+
+def test_same_callback_twice_is_an_error(dwa):
+    model = compiled(dict_model(), LOSSES, dwa.loss_weights)
+    with pytest.raises(ValueError, match=r"\['easy_weight'.* already.* to `fit` once only"):
+        model.fit(X, Y, verbose=0, callbacks=[dwa, dwa])
+
+
+def test_output_whose_loss_would_be_overwritten_is_an_error():
+    inputs, outputs = heads()
+    model = keras.Model(inputs, {"base": outputs["easy"], "hard": outputs["hard"]})
+    dwa = DynamicWeightAverage(["base", "hard"])
+    compiled(model, {"base": "mse", "hard": "mae"}, dwa.loss_weights)
+    with pytest.raises(ValueError, match=r"`logs` has \['base_loss'\] already"):
+        model.fit(X, {"base": Y["easy"], "hard": Y["hard"]}, verbose=0, callbacks=[dwa])
 
 
 def test_logs_without_an_outputs_loss_are_refused(dwa):
@@ -180,8 +220,12 @@ def test_logs_without_an_outputs_loss_are_refused(dwa):
         ({"easy": 1.0}, "one loss per output of ['easy', 'hard']. Found ['easy']"),
         ({}, "Found []"),
         ({"easy": 1.0, "hard": 1.0, "more": 1.0}, "Found ['easy', 'hard', 'more']"),
-        ({"easy": 1.0, "hard": [1.0, 2.0]}, "a scalar. Found the shape (2,) for 'hard'"),
-        ({"easy": np.ones((1,)), "hard": 1.0}, "a scalar. Found the shape (1,) for 'easy'"),
+        ({"easy": 1.0, "hard": [1.0, 2.0]}, "scalar tensor. Found [1.0, 2.0] for 'hard'"),
+        ({"easy": np.ones((1,)), "hard": 1.0}, "scalar tensor. Found array([1.]) for 'easy'"),
+        ({"easy": None, "hard": 1.0}, "Found None for 'easy'"),
+        ({"easy": "1.5", "hard": 1.0}, "Found '1.5' for 'easy'"),
+        ({"easy": 1j, "hard": 1.0}, "Found 1j for 'easy'"),
+        ({"easy": 10**400, "hard": 1.0}, "for 'easy'"),
     ],
 )
 def test_step_takes_one_scalar_per_output(dwa, losses, message):
@@ -195,7 +239,7 @@ def test_step_takes_one_scalar_per_output(dwa, losses, message):
 def test_average_that_is_not_finite_holds_the_weights_and_is_left_out(dwa, value):
     dwa.step({"easy": 2.0, "hard": 4.0})
     before = dwa.step({"easy": 1.0, "hard": 3.0})
-    message = rf"Epoch 3: .* holds the loss weights, .* 'hard' \({value}\) is not finite"
+    message = rf"holds the loss weights after 3 epochs: .* 'hard' \({value}\) is not finite"
     with pytest.warns(UserWarning, match=message):
         assert dwa.step({"easy": 0.5, "hard": value}) == before
     # As if the epoch had not been: 1 -> 0.5 and 3 -> 1.5.
@@ -211,7 +255,7 @@ def test_loss_that_is_zero_twice_has_rate_one(dwa):
 def test_loss_that_rises_from_zero_holds_the_weights(dwa):
     dwa.step({"easy": 2.0, "hard": 4.0})
     before = dwa.step({"easy": 0.0, "hard": 4.0})
-    with pytest.warns(UserWarning, match=r"Epoch 3: .* 'easy' \(0.5\) is after 0 in the epoch bef"):
+    with pytest.warns(UserWarning, match=r"holds .* after 3 epochs: .* 'easy' \(0.5\) rose from 0"):
         assert dwa.step({"easy": 0.5, "hard": 2.0}) == before
     # The next epoch has a rate again.
     np.testing.assert_allclose(dwa.step({"easy": 0.25, "hard": 1.0})["easy"], 1.0, rtol=1e-6)
@@ -219,12 +263,16 @@ def test_loss_that_rises_from_zero_holds_the_weights(dwa):
 
 def test_loss_that_changes_its_sign_follows_the_formula_with_one_warning(dwa):
     dwa.step({"easy": 1.0, "hard": 1.0})
-    with pytest.warns(UserWarning, match=r"Epoch 2: the loss of 'easy' \(-1.0\) changed its sign"):
+    with pytest.warns(UserWarning, match=r"'easy' \(-1.0\) changed its sign after 2 epochs"):
         weights = dwa.step({"easy": -1.0, "hard": 1.0})
     np.testing.assert_allclose(
         weights["easy"], 2 / (1 + np.exp(2 / 0.2)), rtol=1e-6
     )  # Rates -1 and 1.
     dwa.step({"easy": 1.0, "hard": 1.0})
+    dwa.reset()
+    dwa.step({"easy": 1.0, "hard": 1.0})
+    with pytest.warns(UserWarning, match="changed its sign"):
+        dwa.step({"easy": 1.0, "hard": -1.0})
 
 
 @pytest.mark.parametrize("ratio", [1e-300, 1e300])
@@ -241,9 +289,13 @@ def test_keras_without_the_private_attribute_is_named():
 
     from keras_dwa import _keras_internals
 
-    for look in (
-        _keras_internals.compiled_loss_weights,
-        lambda model: _keras_internals.unlocked_tracker(model).__enter__(),
-    ):
-        with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no `NoKeras\._"):
-            look(NoKeras())
+    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no `NoKeras\._comp"):
+        _keras_internals.compiled_loss_weights(NoKeras())
+    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no `NoKeras\._trac"):
+        _keras_internals.track(NoKeras(), keras.metrics.Mean())
+    model = NoKeras()
+    model._compile_loss = model._tracker = NoKeras()
+    with pytest.raises(RuntimeError, match=r"NoKeras\._user_loss_weights"):
+        _keras_internals.compiled_loss_weights(model)
+    with pytest.raises(RuntimeError, match=r"NoKeras\.locked"):
+        _keras_internals.track(model, keras.metrics.Mean())

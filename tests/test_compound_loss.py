@@ -214,12 +214,9 @@ def test_stateless_call_leaves_the_record_alone(dwa, compound):
 # `fit`, and custom loops.
 
 
-def compute_loss_model(dwa):
-    return ComputeLoss(dwa)
-
-
+@pytest.mark.torch_compile
 def test_compute_loss_under_fit(dwa, mode):
-    model = compute_loss_model(dwa)
+    model = ComputeLoss(dwa)
     model.compile(keras.optimizers.SGD(0.05), **mode)
     history = model.fit(
         X, Y, batch_size=8, epochs=5, verbose=0, validation_split=0.2, callbacks=[dwa]
@@ -229,7 +226,7 @@ def test_compute_loss_under_fit(dwa, mode):
 
 
 def test_model_with_a_compound_loss_built_and_evaluated_before_fit(dwa, mode):
-    model = compute_loss_model(dwa)
+    model = ComputeLoss(dwa)
     model(X)
     model.compile(keras.optimizers.SGD(0.05), **mode)
     model.evaluate(X, Y, batch_size=8, verbose=0)
@@ -283,7 +280,7 @@ def test_compile_compute_loss_and_custom_loop_give_the_same_weights(compiled):
     by_compile = np.array([history["easy_weight"], history["hard_weight"]]).T
 
     dwa, optimizer = start()
-    model = compute_loss_model(dwa)
+    model = ComputeLoss(dwa)
     model(X)
     model.set_weights(initial)
     model.compile(optimizer, **mode)
@@ -309,13 +306,13 @@ def test_losses_declared_once_serve_compile_with_nothing_recorded(dwa, compound)
 
 
 def test_saved_weights_carry_the_state(dwa, tmp_path):
-    model = compute_loss_model(dwa)
+    model = ComputeLoss(dwa)
     model.compile(keras.optimizers.SGD(0.05))
     first = model.fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[dwa]).history
     model.save_weights(tmp_path / "state.weights.h5")
 
     resumed = DynamicWeightAverage(dwa.outputs, temperature=0.2)
-    other = compute_loss_model(resumed)
+    other = ComputeLoss(resumed)
     other(X)
     other.compile(keras.optimizers.SGD(0.05))
     resumed.set_model(other)

@@ -92,10 +92,13 @@ def test_early_stopping_monitors_the_validation_loss_under_the_base_weights(dwa)
 
 def test_verbose_prints_the_new_weights(capsys):
     dwa = DynamicWeightAverage(["easy", "hard"], verbose=1)
-    fit(dwa, epochs=1)
+    fit(dwa, epochs=2)
+    new = ", ".join(f"{name}: {weight:.4f}" for name, weight in dwa.step().items())
     assert capsys.readouterr().out == (
         "\nEpoch 1: DynamicWeightAverage setting loss weights to easy: 1.0000, hard: 1.0000.\n"
+        f"\nEpoch 2: DynamicWeightAverage setting loss weights to {new}.\n"
     )
+    assert "1.0000" not in new
 
 
 def test_silent_by_default(capsys):

@@ -37,6 +37,8 @@ def test_weights_file_carries_the_state(dwa, tmp_path):
     resumed.set_model(other)
     other.load_weights(tmp_path / "state.weights.h5")
     assert resumed.step() == dwa.step()
+    with pytest.warns(UserWarning, match="after 4 epochs"):  # Three are from the file.
+        resumed.step({"easy": float("nan"), "hard": 1.0})
     second = other.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[resumed]).history
     check_run({key: history[key] + second[key] for key in history}, dwa)
 
@@ -48,12 +50,15 @@ def test_weights_files_with_and_without_state_load_into_models_without_and_with(
     without.compile(keras.optimizers.SGD(0.05), LOSSES)
     without.fit(X, Y, verbose=0)
     without.save_weights(tmp_path / "without.weights.h5")
-    with_state.save_weights(tmp_path / "with.weights.h5")
     with_state.load_weights(tmp_path / "without.weights.h5")
     for ours, theirs in zip(with_state.get_weights(), without.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert dwa.step() == moved
+    train(with_state, dwa, epochs=1)
+    with_state.save_weights(tmp_path / "with.weights.h5")
     without.load_weights(tmp_path / "with.weights.h5")
+    for ours, theirs in zip(with_state.get_weights(), without.get_weights(), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_state_of_other_outputs_is_refused(dwa, tmp_path):

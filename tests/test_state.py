@@ -88,6 +88,27 @@ def test_callbacks_in_turn_on_one_model_each_start_afresh_and_leave_nothing_behi
     assert len(set(variables)) == 1
 
 
+def test_step_moves_the_weights_of_train_on_batch():
+    model = dict_model()
+    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+    model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=dwa.loss_weights)
+    dwa.set_model(model)
+    for _ in range(4):
+        weights = dwa.step()
+        logs = model.train_on_batch(X, Y, return_dict=True)
+        weighted = sum(weights[name] * logs[f"{name}_loss"] for name in weights)
+        np.testing.assert_allclose(logs["loss"], weighted, rtol=1e-5)
+        dwa.step({name: logs[f"{name}_loss"] for name in weights})
+    assert abs(weights["easy"] - 1) > 1e-3
+
+
+def test_state_tree_of_the_model_is_readable(dwa):
+    model = dict_model()
+    train(model, dwa, epochs=1)
+    tree = model.get_state_tree()
+    assert "easy_weight" in str(tree["metrics_variables"])
+
+
 def test_model_keeps_its_own_weights_and_summary(dwa, capsys):
     model = dict_model()
     model.compile("sgd", LOSSES)
