@@ -156,6 +156,12 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {} if logs is None else logs
+        if self._state.in_logs and not self._state.recorded:
+            raise ValueError(
+                "`model` neither was compiled with the loss weights nor called the compound loss, "
+                "so that they had no effect. Call it in `compute_loss`, or write\n"
+                "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+            )
         losses, weights = self._losses_of(logs), self._state.values()
         added = {f"{name}_weight": weight for name, weight in weights.items()}
         added["base_loss"] = self._base_loss(logs["loss"], losses, weights)
@@ -187,6 +193,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 f"{former!r}. Give that another name."
             )
         track(model, self._state)
+        self._state.recorded = False
         tracked = {id(variable) for variable in model.metrics_variables}
         if not tracked.issuperset(map(id, self._state.variables)):
             raise ValueError(

@@ -1,6 +1,6 @@
 """How the weights combine losses outside `compile`: in custom loops, and other loss terms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -24,8 +24,8 @@ class CompoundLoss(keras.losses.Loss):
     An epoch's average is over samples for calls, and over batches for `combine`, which cannot know
     how many samples a term stands for.
 
-    On JAX, use `stateless_call` in functions that you give to `jax.jit`: variables do not keep what
-    is assigned there. (`fit` takes care of this itself.)
+    On JAX, use `stateless_call` and `stateless_combine` in functions that you give to `jax.jit`:
+    variables do not keep what is assigned there. (`fit` takes care of this itself.)
 
     Args:
         losses: output name to loss: anything that `keras.losses.get` takes, a name, a function or a
@@ -144,6 +144,28 @@ class CompoundLoss(keras.losses.Loss):
         Raises:
             ValueError: as in a call, or if `variables` are not as many as `dwa.variables`.
         """
+        return self._stateless(variables, lambda: self(y_true, y_pred, sample_weight))
+
+    def stateless_combine(
+        self, variables: Sequence[Any], values: Mapping[str, Any]
+    ) -> tuple[Any, list[Any]]:
+        """The same as `combine`, as a pure function: for `jax.jit` and the like.
+
+        Args:
+            variables: the values of `dwa.variables`, in order.
+            values: as in `combine`.
+
+        Returns:
+            The loss, and the new values of the variables.
+
+        Raises:
+            ValueError: as in `combine`, or if `variables` are not as many as `dwa.variables`.
+        """
+        return self._stateless(variables, lambda: self.combine(values))
+
+    def _stateless(
+        self, variables: Sequence[Any], compute_loss: Callable[[], Any]
+    ) -> tuple[Any, list[Any]]:
         references = self._dwa.variables
         if len(variables) != len(references):
             raise ValueError(
@@ -151,7 +173,7 @@ class CompoundLoss(keras.losses.Loss):
                 f"Found {len(variables)}."
             )
         with keras.StatelessScope(zip(references, variables, strict=True)) as scope:
-            loss = self(y_true, y_pred, sample_weight)
+            loss = compute_loss()
         return loss, [scope.get_current_value(variable) for variable in references]
 
     def _combine(self, values: Mapping[str, Any], samples: Any) -> Any:

@@ -55,6 +55,7 @@ class LossWeights(keras.metrics.Metric):
         epochs: how many epochs were closed.
         record: the sums of the K losses recorded since the last reset, then their number: a
             variable of shape `(K + 1,)` and dtype `floatx`. None until `start_recording`.
+        recorded: whether `update_state` was called since the model was attached, be it in a trace.
         in_logs: whether the recorded averages are the model's logs.
     """
 
@@ -64,7 +65,7 @@ class LossWeights(keras.metrics.Metric):
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         self.record: Any = None
         self.in_logs = False
-        self._recorded = False
+        self.recorded = False
         self.reset()
 
     def reset(self) -> None:
@@ -95,7 +96,7 @@ class LossWeights(keras.metrics.Metric):
 
     def update_state(self, losses: Any, samples: Any = 1) -> None:
         """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
-        self._recorded = True
+        self.recorded = True
         ones = keras.ops.ones((1,), self.record.dtype)
         values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
         samples = keras.ops.cast(samples, self.record.dtype)
@@ -111,7 +112,7 @@ class LossWeights(keras.metrics.Metric):
 
     def result(self) -> dict[str, Any]:
         """The recorded averages as `<name>_loss`, where they are the model's logs."""
-        if not (self.in_logs and self._recorded):
+        if not (self.in_logs and self.recorded):
             return {}
         record = keras.ops.convert_to_tensor(self.record)
         averages = record[:-1] / record[-1]
@@ -126,8 +127,8 @@ class LossWeights(keras.metrics.Metric):
         except TypeError as error:
             raise ValueError(
                 "The losses were recorded in a function under `jax.jit`, where a variable cannot "
-                "keep them. Use `CompoundLoss.stateless_call` there, and assign the variables that "
-                "it returns to `dwa.variables`."
+                "keep them. Use the compound loss's `stateless_call` or `stateless_combine` there, "
+                "and assign the variables that it returns to `dwa.variables`."
             ) from error
         if samples == 0:
             return None

@@ -129,7 +129,7 @@ def check_as_in_compile(model, x, targets, losses, dwa):
     model.compile("sgd", losses, loss_weights=dwa.loss_weights)
     expected = model.evaluate(x, targets, batch_size=SAMPLES, verbose=0)[0]
     loss = CompoundLoss(losses, dwa)(targets, model(x))
-    np.testing.assert_allclose(float(loss), expected, rtol=1e-6)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(loss), expected, rtol=1e-6)
 
 
 def test_low_precision_terms_are_combined_in_float32(dwa, compound):
@@ -209,6 +209,32 @@ def test_stateless_call_leaves_the_record_alone(dwa, compound):
     assert float(new_values[-1][-1]) == SAMPLES
     assert loss.shape == ()
     assert expected > 0
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_stateless_combine_is_as_combine(dwa, compound, compiled):
+    terms = {"easy": np.float32(7.0), "hard": np.float32(2.0)}
+    move(dwa)
+    step = compound.stateless_combine
+    if compiled and BACKEND == "jax":
+        import jax
+
+        step = jax.jit(step)
+    if compiled and BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        step = tf.function(step)
+    if compiled and BACKEND == "torch":
+        import torch
+
+        step = torch.compile(step)
+        terms = {name: torch.tensor(term) for name, term in terms.items()}
+    variables = [keras.ops.convert_to_tensor(variable) for variable in dwa.variables]
+    for _ in range(3):
+        loss, variables = step(variables, terms)
+    assert dwa._state.recorded_averages() is None
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(variables[-1]), [21, 6, 3])
+    np.testing.assert_allclose(float(loss), float(compound.combine(terms)), rtol=1e-6)
 
 
 # `fit`, and custom loops.
@@ -414,7 +440,15 @@ def test_compound_loss_that_compute_loss_never_calls_is_an_error(dwa, compound):
 
     model = Forgetful(*heads())
     model.compile("sgd")
-    with pytest.raises(ValueError, match=r"lacks \['easy_loss', 'hard_loss'\]"):
+    with pytest.raises(ValueError, match="nor called the compound loss"):
+        model.fit(X, Y, verbose=0, callbacks=[dwa])
+
+
+def test_losses_declared_once_but_compiled_without_the_weights_are_an_error(dwa, compound):
+    compound(Y, Y)
+    model = dict_model()
+    model.compile("sgd", compound.losses)
+    with pytest.raises(ValueError, match=r"loss=compound\.losses, loss_weights=compound\.loss_w"):
         model.fit(X, Y, verbose=0, callbacks=[dwa])
 
 

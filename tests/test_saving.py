@@ -27,6 +27,27 @@ def test_saved_model_loads_and_evaluates_to_the_same_numbers(dwa, tmp_path, make
         np.testing.assert_allclose(results[key], value, rtol=1e-6)
 
 
+def test_loaded_model_goes_on_with_the_optimizer_and_the_state(dwa, tmp_path):
+    def fit(model, dwa, epochs):
+        return model.fit(
+            X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=[dwa]
+        ).history
+
+    model = dict_model()
+    model.compile(keras.optimizers.Adam(0.01), LOSSES, loss_weights=dwa.loss_weights)
+    fit(model, dwa, 3)
+    model.save(tmp_path / "model.keras")
+    expected = fit(model, dwa, 2)
+
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    resumed = DynamicWeightAverage(dwa.outputs, temperature=0.2)
+    loaded.compile(loaded.optimizer, LOSSES, loss_weights=resumed.loss_weights)
+    resumed.set_model(loaded)
+    loaded.load_weights(tmp_path / "model.keras")
+    for key, values in fit(loaded, resumed, 2).items():
+        np.testing.assert_allclose(values, expected[key], rtol=1e-6)
+
+
 def test_weights_file_carries_the_state(dwa, tmp_path):
     model = dict_model()
     history = train(model, dwa, epochs=3)
