@@ -45,7 +45,8 @@ class VAE(keras.Model):
             {
                 "reconstruction": ops.mean(ops.sum(pixels, axis=-1)),
                 "kl": ops.mean(ops.sum(divergence, axis=-1)),
-            }
+            },
+            samples=ops.shape(x)[0],
         )
 
 

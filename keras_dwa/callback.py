@@ -113,7 +113,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
         `on_epoch_end` calls it; call it yourself only in a loop without `fit`. If that loop calls
         `train_on_batch`, call `set_model(model)` before it, as `fit` does: the model then hands the
-        weights to its compiled step.
+        weights to its compiled step. Call `step` before `evaluate`, which records as well.
 
         Args:
             losses: output name to the unweighted loss averaged over the epoch, a scalar each.
@@ -127,12 +127,21 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
         """
         self._sync()
+        state = self._state
         if losses is None:
-            losses = self._state.recorded_averages()
+            losses = state.recorded_averages()
+            if losses is None and state.called:
+                warnings.warn(
+                    "`step` found nothing recorded, although the compound loss was called. In a "
+                    "function under `jax.jit`, assign the variables that `stateless_call` returns "
+                    "to `dwa.variables`; before `train_on_batch`, call `dwa.set_model(model)`.",
+                    stacklevel=2,
+                )
         if losses is not None:
             self._close_epoch(self._check_losses(losses))
-        self._state.reset_state()
-        return self._state.values()
+        state.reset_state()
+        state.called = False
+        return state.values()
 
     def reset(self) -> None:
         """Goes back to the first epoch: the base weights, no epoch known, nothing recorded."""
@@ -156,12 +165,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {} if logs is None else logs
-        if self._state.in_logs and not self._state.recorded:
-            raise ValueError(
-                "`model` neither was compiled with the loss weights nor called the compound loss, "
-                "so that they had no effect. Call it in `compute_loss`, or write\n"
-                "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
-            )
+        self._check_one_way()
         losses, weights = self._losses_of(logs), self._state.values()
         added = {f"{name}_weight": weight for name, weight in weights.items()}
         added["base_loss"] = self._base_loss(logs["loss"], losses, weights)
@@ -193,12 +197,29 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 f"{former!r}. Give that another name."
             )
         track(model, self._state)
-        self._state.recorded = False
+        if self._state.in_logs:
+            # As `compile` does: a step that TensorFlow traced before does not return our logs.
+            model.train_function = model.test_function = None
         tracked = {id(variable) for variable in model.metrics_variables}
         if not tracked.issuperset(map(id, self._state.variables)):
             raise ValueError(
                 f"`{type(model).__name__}.metrics` hides the loss weights from the training step, "
                 "in which JAX would freeze them. Return `[*super().metrics, ...]` from it."
+            )
+
+    def _check_one_way(self) -> None:
+        called = self._state.recorded_averages() is not None
+        if self._state.in_logs and not called:
+            raise ValueError(
+                "`model` neither was compiled with the loss weights nor called the compound loss, "
+                "so that they had no effect. Call it in `compute_loss`, or write\n"
+                "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+            )
+        if called and not self._state.in_logs:
+            raise ValueError(
+                "`model` called the compound loss, and was compiled with its loss weights as well. "
+                "Use one way only. (`compile` without a loss keeps the former one: make the model "
+                "anew to go over to `compute_loss`.)"
             )
 
     def _check_losses(self, losses: Mapping[str, float]) -> NDArray[np.float64]:

@@ -21,8 +21,7 @@ class CompoundLoss(keras.losses.Loss):
     calls the compound loss, pass `dwa` as a callback: the losses then appear in the logs as
     `<name>_loss`, and the callback does the rest.
 
-    An epoch's average is over samples for calls, and over batches for `combine`, which cannot know
-    how many samples a term stands for.
+    Use it once in a step: each use counts as a batch of its own.
 
     On JAX, use `stateless_call` and `stateless_combine` in functions that you give to `jax.jit`:
     variables do not keep what is assigned there. (`fit` takes care of this itself.)
@@ -55,7 +54,10 @@ class CompoundLoss(keras.losses.Loss):
         self, losses: Mapping[str, Any] | Sequence[str], dwa: DynamicWeightAverage
     ) -> None:
         super().__init__(name="compound_loss")
-        if isinstance(losses, str) or set(losses) != set(dwa.outputs):
+        if not isinstance(dwa, DynamicWeightAverage):
+            raise ValueError(f"`dwa` must be a DynamicWeightAverage. Found {dwa!r}.")
+        names = list(losses) if isinstance(losses, (Mapping, list, tuple)) else []
+        if len(names) != len(dwa.outputs) or set(names) != set(dwa.outputs):
             raise ValueError(
                 f"`losses` must have the names of `dwa`, {list(dwa.outputs)}. Found {losses!r}."
             )
@@ -111,11 +113,13 @@ class CompoundLoss(keras.losses.Loss):
         samples = keras.ops.shape(y_pred[next(iter(self._losses))])[0]
         return self._combine(values, samples)
 
-    def combine(self, values: Mapping[str, Any]) -> Any:
+    def combine(self, values: Mapping[str, Any], samples: Any = 1) -> Any:
         """The weighted sum of loss terms; records the unweighted terms.
 
         Args:
             values: name to the term's value for this batch, a scalar each.
+            samples: how much the batch counts in the epoch's average. With the number of its
+                samples, an epoch's last, smaller batch counts as in Keras's own losses.
 
         Returns:
             A scalar tensor of `floatx` or a wider dtype.
@@ -123,7 +127,12 @@ class CompoundLoss(keras.losses.Loss):
         Raises:
             ValueError: if `values` has other names than the callback, or a value is not a scalar.
         """
-        return self._combine(values, samples=1)
+        if not isinstance(values, Mapping) or set(values) != set(self._dwa.outputs):
+            found = list(values) if isinstance(values, Mapping) else values
+            raise ValueError(
+                f"`combine` takes one term for each of {list(self._dwa.outputs)}. Found {found}."
+            )
+        return self._combine(values, samples)
 
     def stateless_call(
         self, variables: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any = None
@@ -147,13 +156,14 @@ class CompoundLoss(keras.losses.Loss):
         return self._stateless(variables, lambda: self(y_true, y_pred, sample_weight))
 
     def stateless_combine(
-        self, variables: Sequence[Any], values: Mapping[str, Any]
+        self, variables: Sequence[Any], values: Mapping[str, Any], samples: Any = 1
     ) -> tuple[Any, list[Any]]:
         """The same as `combine`, as a pure function: for `jax.jit` and the like.
 
         Args:
             variables: the values of `dwa.variables`, in order.
             values: as in `combine`.
+            samples: as in `combine`.
 
         Returns:
             The loss, and the new values of the variables.
@@ -161,7 +171,13 @@ class CompoundLoss(keras.losses.Loss):
         Raises:
             ValueError: as in `combine`, or if `variables` are not as many as `dwa.variables`.
         """
-        return self._stateless(variables, lambda: self.combine(values))
+        return self._stateless(variables, lambda: self.combine(values, samples))
+
+    def get_config(self) -> dict[str, Any]:
+        raise ValueError(
+            "A compound loss holds a callback and has no config. Make it anew in the `__init__` of "
+            "the model that uses it."
+        )
 
     def _stateless(
         self, variables: Sequence[Any], compute_loss: Callable[[], Any]
@@ -178,16 +194,12 @@ class CompoundLoss(keras.losses.Loss):
 
     def _combine(self, values: Mapping[str, Any], samples: Any) -> Any:
         state = self._dwa._state
-        if set(values) != set(state.weights):
-            raise ValueError(
-                f"`combine` takes one term for each of {list(state.weights)}. Found {list(values)}."
-            )
         terms = [keras.ops.convert_to_tensor(values[name]) for name in state.weights]
         for name, term in zip(state.weights, terms, strict=True):
             if term.shape != ():
                 raise ValueError(
-                    f"`combine` takes scalars. Found the shape {tuple(term.shape)} for {name!r}: "
-                    "reduce it first, say by `keras.ops.mean`."
+                    f"Each loss must be a scalar. Found the shape {tuple(term.shape)} for "
+                    f"{name!r}: reduce it first, say by `keras.ops.mean`."
                 )
         dtype = keras.backend.result_type(keras.config.floatx(), *(term.dtype for term in terms))
         stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])

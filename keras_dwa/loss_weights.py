@@ -54,8 +54,8 @@ class LossWeights(keras.metrics.Metric):
         epoch_losses: the last averages known, oldest first: float64, shape `(0 to 2, K)`.
         epochs: how many epochs were closed.
         record: the sums of the K losses recorded since the last reset, then their number: a
-            variable of shape `(K + 1,)` and dtype `floatx`. None until `start_recording`.
-        recorded: whether `update_state` was called since the model was attached, be it in a trace.
+            variable of shape `(K + 1,)`, float32 or wider. None until `start_recording`.
+        called: whether `update_state` was called since the last epoch was closed, be it in a trace.
         in_logs: whether the recorded averages are the model's logs.
     """
 
@@ -65,7 +65,7 @@ class LossWeights(keras.metrics.Metric):
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         self.record: Any = None
         self.in_logs = False
-        self.recorded = False
+        self.called = False
         self.reset()
 
     def reset(self) -> None:
@@ -73,6 +73,7 @@ class LossWeights(keras.metrics.Metric):
         self.assign(self.base_weights)
         self.epoch_losses = np.empty((0, len(self.weights)))
         self.epochs = 0
+        self.called = False
         self.reset_state()
 
     def assign(self, values: NDArray[np.floating[Any]]) -> None:
@@ -91,12 +92,16 @@ class LossWeights(keras.metrics.Metric):
     def start_recording(self) -> None:
         """Makes the variable that `update_state` records in."""
         if self.record is None:
-            shape = (len(self.weights) + 1,)
-            self.record = self.add_variable(shape, initializer="zeros", name="record")
+            self.record = self.add_variable(
+                shape=(len(self.weights) + 1,),
+                initializer="zeros",
+                dtype=keras.backend.result_type(keras.config.floatx(), "float32"),
+                name="record",
+            )
 
     def update_state(self, losses: Any, samples: Any = 1) -> None:
         """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
-        self.recorded = True
+        self.called = True
         ones = keras.ops.ones((1,), self.record.dtype)
         values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
         samples = keras.ops.cast(samples, self.record.dtype)
@@ -112,7 +117,7 @@ class LossWeights(keras.metrics.Metric):
 
     def result(self) -> dict[str, Any]:
         """The recorded averages as `<name>_loss`, where they are the model's logs."""
-        if not (self.in_logs and self.recorded):
+        if not self.in_logs:
             return {}
         record = keras.ops.convert_to_tensor(self.record)
         averages = record[:-1] / record[-1]

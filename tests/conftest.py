@@ -1,6 +1,17 @@
+import os
+
+# Two devices on one CPU, for the tests of distribution. JAX reads this when it is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+
 import keras
 import pytest
-from common import MODES, forget_compiled_torch, mode_of
+from common import BACKEND, MODES, forget_compiled_torch, mode_of
+
+if BACKEND == "tensorflow":
+    import tensorflow as tf
+
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 
 
 @pytest.fixture(params=MODES)

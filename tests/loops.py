@@ -91,19 +91,22 @@ def _epochs(train_step, dwa, x, y, epochs, batch_size):
     return np.array(weights)
 
 
-def value_and_gradient(function, point):
+def value_and_gradient(function, point, compiled=False):
     """The value of a scalar function and its gradient, at a NumPy array."""
     if BACKEND == "tensorflow":
         point = tf.convert_to_tensor(point)
+        if compiled:
+            function = tf.function(function)
         with tf.GradientTape() as tape:
             tape.watch(point)
             value = function(point)
         return float(value), tape.gradient(value, point).numpy()
     if BACKEND == "torch":
         point = torch.tensor(point, requires_grad=True)
-        value = function(point)
+        value = (torch.compile(function) if compiled else function)(point)
         value.backward()
         return value.item(), point.grad.numpy()
     with keras.StatelessScope():
-        value, gradient = jax.value_and_grad(function)(point)
+        both = jax.value_and_grad(function)
+        value, gradient = (jax.jit(both) if compiled else both)(point)
     return float(value), np.asarray(gradient)

@@ -62,13 +62,15 @@ def test_combine_is_the_weighted_sum_of_the_terms(dwa, compound):
     np.testing.assert_allclose(float(compound.combine(terms)), expected, rtol=1e-6)
 
 
-def test_gradient_is_the_weighted_gradient(dwa, compound):
+@pytest.mark.parametrize("compiled", [True, False])
+def test_gradient_is_the_weighted_gradient(dwa, compound, compiled):
     weights = move(dwa)
 
     def loss(point):
         return compound.combine({"easy": point[0] ** 2, "hard": 5 * point[1]})
 
-    value, gradient = value_and_gradient(loss, np.array([3.0, 4.0], "float32"))
+    point = np.array([3.0, 4.0], "float32")
+    value, gradient = value_and_gradient(loss, point, compiled)
     expected = [weights["easy"] * 6, weights["hard"] * 5]
     np.testing.assert_allclose(value, weights["easy"] * 9 + weights["hard"] * 20, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
@@ -205,7 +207,8 @@ def test_stateless_call_leaves_the_record_alone(dwa, compound):
     before = dwa.step()
     values = [variable.value for variable in dwa.variables]
     loss, new_values = compound.stateless_call(values, Y, {name: Y[name] + 1 for name in Y})
-    assert dwa.step() == before
+    assert dwa._state.recorded_averages() is None
+    assert {name: float(weight) for name, weight in dwa.loss_weights.items()} == before
     assert float(new_values[-1][-1]) == SAMPLES
     assert loss.shape == ()
     assert expected > 0
@@ -256,8 +259,40 @@ def test_model_with_a_compound_loss_built_and_evaluated_before_fit(dwa, mode):
     model(X)
     model.compile(keras.optimizers.SGD(0.05), **mode)
     model.evaluate(X, Y, batch_size=8, verbose=0)
-    history = model.fit(X, Y, batch_size=8, epochs=4, verbose=0, callbacks=[dwa]).history
+    history = model.fit(
+        X, Y, batch_size=8, epochs=4, verbose=0, validation_split=0.2, callbacks=[dwa]
+    ).history
     check_run(history, dwa)
+
+
+def test_model_fitted_and_evaluated_without_the_callback_first(dwa, mode):
+    model = ComputeLoss(dwa)
+    model.compile(keras.optimizers.SGD(0.05), **mode)
+    fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "validation_split": 0.2}
+    model.fit(X, Y, **fit)
+    check_run(model.fit(X, Y, callbacks=[dwa], **fit).history, dwa)
+
+
+def test_return_to_a_first_model_starts_afresh(dwa):
+    first, second = ComputeLoss(dwa), ComputeLoss(dwa)
+    for model in (first, second, first):
+        if model is not first or not model.compiled:
+            model.compile(keras.optimizers.SGD(0.05))
+        fit = {"batch_size": 8, "epochs": 4, "verbose": 0}
+        check_run(model.fit(X, Y, callbacks=[dwa], **fit).history, dwa)
+
+
+def test_train_on_batch_with_a_compound_loss(dwa):
+    model = ComputeLoss(dwa)
+    model.compile(keras.optimizers.SGD(0.05))
+    dwa.set_model(model)
+    for _ in range(4):
+        weights = dwa.step()
+        logs = model.train_on_batch(X, Y, return_dict=True)
+        weighted = sum(weights[name] * logs[f"{name}_loss"] for name in weights)
+        np.testing.assert_allclose(logs["loss"], weighted, rtol=1e-5)
+        dwa.step()
+    assert abs(weights["easy"] / 3 - 1) > 1e-3
 
 
 def test_combine_under_fit(mode):
@@ -279,12 +314,14 @@ def test_combine_under_fit(mode):
                 {
                     "reconstruction": keras.ops.mean(keras.ops.square(x - y_pred["image"])),
                     "spread": keras.ops.mean(keras.ops.square(y_pred["code"])),
-                }
+                },
+                samples=keras.ops.shape(x)[0],
             )
 
     model = Autoencoder()
     model.compile(keras.optimizers.SGD(0.05), **mode)
-    check_run(model.fit(X, batch_size=8, epochs=4, verbose=0, callbacks=[dwa]).history, dwa)
+    # The last batch of an epoch is smaller.
+    check_run(model.fit(X, batch_size=32, epochs=4, verbose=0, callbacks=[dwa]).history, dwa)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -350,6 +387,38 @@ def test_saved_weights_carry_the_state(dwa, tmp_path):
     check_run({key: first[key] + second[key] for key in first}, dwa)
 
 
+@keras.saving.register_keras_serializable("tests")
+class OwnCallback(ComputeLoss):
+    """A model that makes its callback itself, so that `load_model` can make it anew."""
+
+    def __init__(self, **kwargs):
+        self.dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2)
+        super().__init__(self.dwa, **kwargs)
+
+    def get_config(self):
+        return {}
+
+
+def test_saved_model_goes_on_with_the_state(tmp_path):
+    def fit(model):
+        callbacks = [model.dwa]
+        return model.fit(
+            X, Y, batch_size=8, epochs=3, shuffle=False, verbose=0, callbacks=callbacks
+        ).history
+
+    model = OwnCallback()
+    model.compile(keras.optimizers.Adam(0.01))
+    fit(model)
+    model.save(tmp_path / "model.keras")
+    expected = fit(model)
+
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    loaded.dwa.set_model(loaded)
+    loaded.load_weights(tmp_path / "model.keras")
+    for key, values in fit(loaded).items():
+        np.testing.assert_allclose(values, expected[key], rtol=1e-5)
+
+
 @pytest.mark.skipif(BACKEND != "torch", reason="TorchJD runs on torch")
 @pytest.mark.parametrize("seed", range(5))
 def test_combine_and_step_are_as_torchjd(seed):
@@ -383,7 +452,9 @@ def test_combine_and_step_are_as_torchjd(seed):
     [
         ({"easy": "mse"}, "must have the names of `dwa`, ['easy', 'hard']. Found {'easy': 'mse'}"),
         (["easy", "heavy"], "Found ['easy', 'heavy']"),
+        (["easy", "hard", "easy"], "Found ['easy', 'hard', 'easy']"),
         ("easy", "Found 'easy'"),
+        (None, "Found None"),
         ({"easy": "mse", "hard": None}, "needs a loss for every name"),
         ({"easy": "mse", "hard": "nonsense"}, "nonsense"),
     ],
@@ -398,7 +469,8 @@ def test_losses_must_be_losses_for_the_names_of_the_callback(dwa, losses, messag
     [
         ({"easy": 1.0}, "one term for each of ['easy', 'hard']. Found ['easy']"),
         ({"easy": 1.0, "hard": 1.0, "more": 1.0}, "Found ['easy', 'hard', 'more']"),
-        ({"easy": 1.0, "hard": np.ones(3)}, "takes scalars. Found the shape (3,) for 'hard'"),
+        (3.0, "Found 3.0"),
+        ({"easy": 1.0, "hard": np.ones(3)}, "must be a scalar. Found the shape (3,) for 'hard'"),
     ],
 )
 def test_combine_takes_one_scalar_per_name_within_and_between_epochs(
@@ -409,6 +481,18 @@ def test_combine_takes_one_scalar_per_name_within_and_between_epochs(
         with pytest.raises(ValueError, match=re.escape(message)):
             compound.combine(values)
         dwa.step()
+
+
+def test_callback_must_be_one():
+    with pytest.raises(
+        ValueError, match=re.escape("`dwa` must be a DynamicWeightAverage. Found [")
+    ):
+        CompoundLoss(LOSSES, ["easy", "hard"])
+
+
+def test_compound_loss_has_no_config(compound):
+    with pytest.raises(ValueError, match=r"Make it anew in the `__init__` of the model"):
+        keras.losses.serialize(compound)
 
 
 def test_calls_take_dicts_with_every_output(compound):
@@ -445,6 +529,21 @@ def test_compound_loss_that_compute_loss_never_calls_is_an_error(dwa, compound):
     model.compile("sgd")
     with pytest.raises(ValueError, match="nor called the compound loss"):
         model.fit(X, Y, verbose=0, callbacks=[dwa])
+
+
+def test_compound_loss_and_compiled_weights_at_once_are_an_error(dwa):
+    model = ComputeLoss(dwa)
+    model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
+    with pytest.raises(ValueError, match="was compiled with its loss weights as well"):
+        model.fit(X, Y, verbose=0, callbacks=[dwa])
+
+
+def test_step_after_calls_that_left_no_record_warns(dwa, compound):
+    values = [variable.value for variable in dwa.variables]
+    compound.stateless_combine(values, {"easy": 1.0, "hard": 1.0})
+    with pytest.warns(UserWarning, match=r"nothing recorded.*`stateless_call`.*dwa\.set_model"):
+        dwa.step()
+    dwa.step()
 
 
 def test_losses_declared_once_but_compiled_without_the_weights_are_an_error(dwa, compound):
