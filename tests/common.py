@@ -62,6 +62,21 @@ def dict_model(**trunk):
     return keras.Model(*heads(**trunk))
 
 
+@keras.saving.register_keras_serializable("tests")
+class TwoHeads(keras.Model):
+    """A subclassed model with dict outputs."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.trunk = keras.layers.Dense(6, activation="tanh")
+        self.easy = keras.layers.Dense(1)
+        self.hard = keras.layers.Dense(2)
+
+    def call(self, inputs):
+        features = self.trunk(inputs)
+        return {"easy": self.easy(features), "hard": self.hard(features)}
+
+
 def train(model, dwa, x=X, y=Y, *, loss=LOSSES, epochs=4, optimizer=None, mode=None, **fit):
     """Compiles and fits as a user would; returns the history's dict."""
     if y is not None:

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, X, Y, check_run, dict_model, heads, train
+from common import LOSSES, TwoHeads, X, Y, check_run, dict_model, heads, train
 
 from keras_dwa import DynamicWeightAverage
 
@@ -11,21 +11,6 @@ from keras_dwa import DynamicWeightAverage
 @pytest.fixture
 def dwa():
     return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
-
-
-@keras.saving.register_keras_serializable("tests")
-class TwoHeads(keras.Model):
-    """A subclassed model with dict outputs."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.trunk = keras.layers.Dense(6, activation="tanh")
-        self.easy = keras.layers.Dense(1)
-        self.hard = keras.layers.Dense(2)
-
-    def call(self, inputs):
-        features = self.trunk(inputs)
-        return {"easy": self.easy(features), "hard": self.hard(features)}
 
 
 def test_dict_outputs(dwa, mode):

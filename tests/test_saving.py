@@ -3,8 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, X, Y, check_run, dict_model, train
-from test_models import TwoHeads
+from common import LOSSES, TwoHeads, X, Y, check_run, dict_model, train
 
 from keras_dwa import DynamicWeightAverage
 
