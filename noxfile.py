@@ -19,13 +19,19 @@ def install(session, *packages):
     session.install("-c", "constraints.txt", *packages)
 
 
-def run_tests(session, backend, *arguments):
-    """The suite, the code in the README and in the docstrings, and the examples in short."""
+def run_suite(session, backend, *arguments):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    # The suite compiles far longer than it runs what is compiled.
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     workers = ["-n", "2", "--dist", "worksteal"]
     session.run("pytest", *workers, *arguments, "tests", "keras_dwa", env=environment)
+
+
+def run_tests(session, backend, *arguments):
+    """The suite with the examples in short, the docstrings' code, and the README's."""
+    run_suite(session, backend, *arguments)
     # One block of the README builds on another, so that it is for one worker.
-    session.run("pytest", "README.md", env=environment)
+    session.run("pytest", "README.md", env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"})
 
 
 @nox.session
@@ -53,7 +59,7 @@ def tests(session, backend):
 def oldest(session):
     """On the oldest Keras that runs with today's JAX."""
     install(session, OLDEST_KERAS, *BACKENDS["jax"], *TEST_TOOLS, ".")
-    run_tests(session, "jax")
+    run_suite(session, "jax", "--ignore=tests/test_examples.py")
 
 
 @nox.session(default=False)
@@ -69,7 +75,8 @@ def nightly(session, backend):
 
 
 @nox.session(default=False)
-def torch_compile(session):
-    """Every test in torch's jit mode, too; one such test takes 20 seconds."""
-    install(session, KERAS, *BACKENDS["torch"], *TEST_TOOLS, ".")
-    run_tests(session, "torch", "--torch-compile")
+@nox.parametrize("backend", list(BACKENDS))
+def every_mode(session, backend):
+    """Every test in the jit mode of JAX and torch, too, where the default session has a part."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    run_tests(session, backend, "--every-mode")

@@ -30,5 +30,5 @@ def fresh_keras():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--torch-compile", action="store_true", help="run every test in torch's jit mode, too"
+        "--every-mode", action="store_true", help="run all in the jit mode of JAX and torch"
     )

@@ -232,7 +232,7 @@ def test_stateless_combine_is_as_combine(dwa, compound, compiled):
 # `fit`, and custom loops.
 
 
-@pytest.mark.torch_compile
+@pytest.mark.every_mode
 def test_compute_loss_under_fit(dwa, mode):
     model = ComputeLoss(dwa)
     model.compile(keras.optimizers.SGD(0.05), **mode)

@@ -56,7 +56,7 @@ def test_masks(dwa, mode):
 
 
 def test_validation_of_every_second_epoch(dwa, mode):
-    history = train(dict_model(), dwa, mode=mode, validation_split=0.2, validation_freq=2)
+    history = train(dict_model(), dwa, epochs=4, mode=mode, validation_split=0.2, validation_freq=2)
     assert len(history["val_loss"]) == len(history["val_base_loss"]) == 2
     check_run(history, dwa)
 
