@@ -16,8 +16,7 @@ TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "sybil", "scikit-learn"]
 
 
 def install(session, *packages):
-    # What is imported is compiled then; it is a small part.
-    session.install("--no-compile", "-c", "constraints.txt", *packages)
+    session.install("-c", "constraints.txt", *packages)
 
 
 def run_suite(session, backend, *arguments):

@@ -25,7 +25,7 @@ def fresh_keras():
     keras.utils.set_random_seed(0)
     forget_compiled_torch()
     yield
-    keras.utils.clear_session(free_memory=False)
+    keras.utils.clear_session()
 
 
 def pytest_addoption(parser):
