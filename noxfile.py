@@ -10,9 +10,10 @@ OLDEST_KERAS = "keras==3.10.0"
 BACKENDS = {
     "tensorflow": ["tensorflow-cpu==2.21.0", "tensorboard==2.21.0"],
     "jax": ["jax==0.10.2"],
-    "torch": ["torch==2.13.0", "torchjd==0.18.0"],
+    "torch": ["torch==2.13.0", "torchjd==0.18.0", "onnx", "onnxscript"],
 }
-TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "sybil", "scikit-learn"]
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "sybil", "scikit-learn", "cloudpickle"]
+TEST_TOOLS += ["keras-tuner", "six"]  # The tuner imports six, and does not require it.
 
 
 def install(session, *packages):
@@ -50,8 +51,8 @@ def types(session):
 @nox.session
 @nox.parametrize("backend", list(BACKENDS))
 def tests(session, backend):
-    """On each backend, in an environment that has no other."""
-    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    """On each backend; JAX is there, too, to read and write the files of the others."""
+    install(session, KERAS, *BACKENDS[backend], *BACKENDS["jax"], *TEST_TOOLS, ".")
     run_tests(session, backend)
 
 
@@ -78,5 +79,5 @@ def nightly(session, backend):
 @nox.parametrize("backend", list(BACKENDS))
 def every_mode(session, backend):
     """Every test in the jit mode of JAX and torch, too, where the default session has a part."""
-    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    install(session, KERAS, *BACKENDS[backend], *BACKENDS["jax"], *TEST_TOOLS, ".")
     run_tests(session, backend, "--every-mode")

@@ -4,7 +4,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Self
 
 import keras
 import numpy as np
@@ -41,13 +41,16 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     Callbacks that read these come after this one in the list.
 
     A model that the callback has not seen starts afresh; a second `fit` of the same model goes on.
-    `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store the state with the model's.
+    `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store the state with the model's. A
+    pickled callback keeps the state, but not the model. A deep copy is the callback itself, for the
+    model that is compiled with its weights would not see those of another.
 
     Args:
         outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
             sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence). The
             loss of a nested output goes by its path, `"heads/depth"`.
-        temperature: `T`, a finite number > 0. The larger, the more uniform the weights.
+        temperature: `T`, a finite number > 0. The larger, the more uniform the weights. It may be
+            assigned later: the weights follow at the end of the epoch.
         verbose: 0 or 1. 1 prints the new weights at the end of each epoch.
 
     Raises:
@@ -87,7 +90,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.outputs = _check_outputs(outputs)
-        self.temperature = check_temperature(temperature)
+        self.temperature = temperature
         self.verbose = verbose
         self._state = LossWeights(self.outputs)
         self._warned_of_sign = False
@@ -95,6 +98,22 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     def __repr__(self) -> str:
         names: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
         return f"DynamicWeightAverage({names}, temperature={self.temperature})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # KerasTuner copies its callbacks for every trial, after the model has their weights.
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._sync()
+        return {**self.__dict__, "_model": None}
+
+    @property
+    def temperature(self) -> float:
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = check_temperature(value)
 
     @property
     def loss_weights(self) -> dict[str, LossWeight]:
@@ -128,19 +147,21 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         """
         self._sync()
         state = self._state
+        message = None
         if losses is None:
             losses = state.recorded_averages()
             if losses is None and state.called:
-                warnings.warn(
+                message = (
                     "`step` found nothing recorded, although the compound loss was called. In a "
                     "function under `jax.jit`, assign the variables that `stateless_call` returns "
-                    "to `dwa.variables`; before `train_on_batch`, call `dwa.set_model(model)`.",
-                    stacklevel=2,
+                    "to `dwa.variables`; before `train_on_batch`, call `dwa.set_model(model)`."
                 )
         if losses is not None:
-            self._close_epoch(self._check_losses(losses))
-        state.reset_state()
-        state.called = False
+            message = self._close_epoch(self._check_losses(losses))
+        state.forget_record()
+        if message is not None:
+            # Last, for a warning may be an error.
+            warnings.warn(message, stacklevel=2)
         return state.values()
 
     def reset(self) -> None:
@@ -162,6 +183,19 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             self._attach(model)
             super().set_model(model)
             self.reset()
+            self._state.untrained = True
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        state = self._state
+        if state.untrained and epoch > state.epochs:
+            warnings.warn(
+                f"Training goes on with epoch {epoch + 1}, but DynamicWeightAverage knows of only "
+                f"{state.epochs} before it. A callback that saves comes after it:\n"
+                "    callbacks=[dwa, keras.callbacks.BackupAndRestore(...)]\n"
+                "Before `model.load_weights`, call `dwa.set_model(model)`.",
+                stacklevel=2,
+            )
+        state.untrained = False
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {} if logs is None else logs
@@ -178,6 +212,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 "output or metric another name, and the callback to `fit` once only."
             )
         logs.update(added)
+        self._state.epochs = epoch
         new_weights = self.step(losses)
         if self.verbose > 0:
             shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())
@@ -229,56 +264,47 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
         return np.array([_as_float(name, losses[name]) for name in self.outputs])
 
-    def _close_epoch(self, averages: NDArray[np.float64]) -> None:
+    def _close_epoch(self, averages: NDArray[np.float64]) -> str | None:
+        """Moves the state on; returns what there is to warn of."""
         state = self._state
-        state.epochs += 1
-        lambdas = self._next_lambdas(averages)
-        held = np.array(list(state.values().values()))
+        epochs = state.epochs + 1
+        epoch_losses, lambdas, message = self._next(averages, epochs)
         # Assigned even where they stay: on JAX, Keras 3.10 compiles the step once more when a
         # variable of the model is assigned between epochs for the first time.
-        state.assign(held if lambdas is None else state.base_weights * lambdas)
+        held = np.array(list(state.values().values()))
+        weights = held if lambdas is None else state.base_weights * lambdas
+        state.update(weights, epoch_losses, epochs)
+        return message
 
-    def _next_lambdas(self, averages: NDArray[np.float64]) -> NDArray[np.float64] | None:
-        state = self._state
+    def _next(
+        self, averages: NDArray[np.float64], epochs: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64] | None, str | None]:
+        """The averages to remember, the next lambdas (None: the weights stay), and a warning."""
+        hold = f"DynamicWeightAverage holds the loss weights after {epochs} epochs: the loss of"
         not_finite = ~np.isfinite(averages)
         if not_finite.any():
-            self._warn_hold(
-                not_finite, averages, "is not finite; the epoch is left out of the rates"
-            )
-            return None
-        state.epoch_losses = np.vstack([state.epoch_losses, averages])[-2:]
-        if len(state.epoch_losses) < 2:
-            return None
-        before_previous, previous = state.epoch_losses
+            found = self._named(not_finite, averages)
+            message = f"{hold} {found} is not finite; the epoch is left out of the rates."
+            return self._state.epoch_losses, None, message
+        epoch_losses = np.vstack([self._state.epoch_losses, averages])[-2:]
+        if len(epoch_losses) < 2:
+            return epoch_losses, None, None
+        before_previous, previous = epoch_losses
         undefined = undefined_rates(previous, before_previous)
         if undefined.any():
-            self._warn_hold(undefined, averages, "rose from 0, so that it has no rate")
-            return None
-        self._warn_of_sign(previous, before_previous)
-        return dwa_weights(previous, before_previous, self.temperature)
-
-    def _warn_hold(
-        self, affected: NDArray[np.bool_], averages: NDArray[np.float64], reason: str
-    ) -> None:
-        found = self._named(affected, averages)
-        warnings.warn(
-            f"DynamicWeightAverage holds the loss weights after {self._state.epochs} epochs: the "
-            f"loss of {found} {reason}.",
-            stacklevel=5,
-        )
-
-    def _warn_of_sign(
-        self, previous: NDArray[np.float64], before_previous: NDArray[np.float64]
-    ) -> None:
+            found = self._named(undefined, averages)
+            return epoch_losses, None, f"{hold} {found} rose from 0, so that it has no rate."
+        lambdas = dwa_weights(previous, before_previous, self.temperature)
         flipped = np.sign(previous) * np.sign(before_previous) < 0
-        if flipped.any() and not self._warned_of_sign:
-            self._warned_of_sign = True
-            warnings.warn(
-                f"The loss of {self._named(flipped, previous)} changed its sign after "
-                f"{self._state.epochs} epochs. DynamicWeightAverage assumes that losses keep "
-                "theirs: a negative rate lowers a weight, however the loss moved.",
-                stacklevel=5,
-            )
+        if not flipped.any() or self._warned_of_sign:
+            return epoch_losses, lambdas, None
+        self._warned_of_sign = True
+        message = (
+            f"The loss of {self._named(flipped, previous)} changed its sign after {epochs} epochs. "
+            "DynamicWeightAverage assumes that losses keep theirs: a negative rate lowers a "
+            "weight, however the loss moved."
+        )
+        return epoch_losses, lambdas, message
 
     def _named(self, affected: NDArray[np.bool_], values: NDArray[np.float64]) -> str:
         pairs = zip(self.outputs, values.tolist(), affected, strict=True)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import keras
 import numpy as np
@@ -27,8 +27,8 @@ class LossWeight(keras.Variable):
         )
 
     def __float__(self) -> float:
-        # By way of NumPy, since `float` of a variable under a tf.distribute strategy fails.
-        return float(keras.ops.convert_to_numpy(self))
+        # By way of a tensor, since `float` of a variable under a tf.distribute strategy fails.
+        return float(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(self)))
 
     def get_config(self) -> dict[str, float]:
         return {"value": float(self)}
@@ -52,7 +52,8 @@ class LossWeights(keras.metrics.Metric):
         weights: output name to `LossWeight`.
         base_weights: float64 array of shape `(K,)`, in the order of `weights`.
         epoch_losses: the last averages known, oldest first: float64, shape `(0 to 2, K)`.
-        epochs: how many epochs were closed.
+        epochs: how many epochs were closed: in `fit`, the number of the last closed one.
+        untrained: whether no epoch began since the state was given to a model or read from a file.
         record: the sums of the K losses recorded since the last reset, then their number: a
             variable of shape `(K + 1,)`, float32 or wider. None until `start_recording`.
         called: whether `update_state` was called since the last epoch was closed, be it in a trace.
@@ -65,29 +66,47 @@ class LossWeights(keras.metrics.Metric):
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         self.record: Any = None
         self.in_logs = False
-        self.called = False
+        self.untrained = False
         self.reset()
+
+    def __reduce__(self) -> Any:
+        # Keras would pickle a saved metric, which holds only what `get_config` gives.
+        state: dict[str, Any] = {}
+        self.save_own_variables(state)
+        base_weights = dict(zip(self.weights, self.base_weights.tolist(), strict=True))
+        return _unpickle, (base_weights, state)
 
     def reset(self) -> None:
         """Goes back to the base weights and forgets every epoch."""
-        self.assign(self.base_weights)
-        self.epoch_losses = np.empty((0, len(self.weights)))
-        self.epochs = 0
+        self.update(self.base_weights, np.empty((0, len(self.weights))), epochs=0)
+        self.forget_record()
+
+    def update(
+        self, weights: NDArray[np.floating[Any]], epoch_losses: NDArray[np.float64], epochs: int
+    ) -> None:
+        """Replaces the state: all of it, even if Ctrl-C comes in between."""
+        try:
+            self._update(weights, epoch_losses, epochs)
+        except KeyboardInterrupt:
+            self._update(weights, epoch_losses, epochs)
+            raise
+
+    def _update(
+        self, weights: NDArray[np.floating[Any]], epoch_losses: NDArray[np.float64], epochs: int
+    ) -> None:
+        for variable, weight in zip(self.weights.values(), weights, strict=True):
+            variable.assign(weight)
+        self.epoch_losses = epoch_losses
+        self.epochs = epochs
+
+    def forget_record(self) -> None:
+        """Forgets what was recorded, and that it was."""
         self.called = False
         self.reset_state()
-
-    def assign(self, values: NDArray[np.floating[Any]]) -> None:
-        """Sets the weights, given in order. Shape `(K,)`."""
-        for weight, value in zip(self.weights.values(), values, strict=True):
-            weight.assign(value)
 
     def values(self) -> dict[str, float]:
         """The weights as floats, by output name."""
         return {name: float(weight) for name, weight in self.weights.items()}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
-        return self
 
     def start_recording(self) -> None:
         """Makes the variable that `update_state` records in."""
@@ -108,7 +127,7 @@ class LossWeights(keras.metrics.Metric):
         self.record.assign_add(samples * keras.ops.concatenate([values, ones]))
 
     def reset_state(self) -> None:
-        """Forgets what was recorded, and nothing else.
+        """Sets what was recorded to zero, and nothing else.
 
         Keras calls this at the start of each epoch and of each evaluation.
         """
@@ -158,6 +177,15 @@ class LossWeights(keras.metrics.Metric):
                 f"outputs: keras_dwa.DynamicWeightAverage({outputs})"
             )
         order = [outputs.index(name) for name in self.weights]
-        self.assign(np.asarray(store["weights"])[order])
-        self.epoch_losses = np.asarray(store["epoch_losses"])[:, order]
-        self.epochs = int(np.asarray(store["epochs"]))
+        self.update(
+            np.asarray(store["weights"])[order],
+            np.asarray(store["epoch_losses"])[:, order],
+            epochs=int(np.asarray(store["epochs"])),
+        )
+        self.untrained = True
+
+
+def _unpickle(base_weights: dict[str, float], state: dict[str, Any]) -> LossWeights:
+    loss_weights = LossWeights(base_weights)
+    loss_weights.load_own_variables(state)
+    return loss_weights

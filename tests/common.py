@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import pytest
 
+from keras_dwa import CompoundLoss
+
 BACKEND = keras.backend.backend()
 
 SAMPLES = 40
@@ -75,6 +77,17 @@ class TwoHeads(keras.Model):
     def call(self, inputs):
         features = self.trunk(inputs)
         return {"easy": self.easy(features), "hard": self.hard(features)}
+
+
+class ComputeLoss(TwoHeads):
+    """A model whose `compute_loss` calls a compound loss."""
+
+    def __init__(self, dwa, **kwargs):
+        super().__init__(**kwargs)
+        self.compound = CompoundLoss(LOSSES, dwa)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        return self.compound(y, y_pred, sample_weight)
 
 
 def train(model, dwa, x=X, y=Y, *, loss=LOSSES, epochs=3, optimizer=None, mode=None, **fit):

@@ -5,7 +5,18 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, SAMPLES, TwoHeads, X, Y, check_run, dict_model, heads, train
+from common import (
+    BACKEND,
+    LOSSES,
+    SAMPLES,
+    ComputeLoss,
+    X,
+    Y,
+    check_run,
+    dict_model,
+    heads,
+    train,
+)
 from loops import train_loop, value_and_gradient
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
@@ -25,17 +36,6 @@ def move(dwa):
     """Weights that differ from the base weights."""
     dwa.step({"easy": 2.0, "hard": 4.0})
     return dwa.step({"easy": 1.0, "hard": 3.0})
-
-
-class ComputeLoss(TwoHeads):
-    """A model whose `compute_loss` calls a compound loss."""
-
-    def __init__(self, dwa, **kwargs):
-        super().__init__(**kwargs)
-        self.compound = CompoundLoss(LOSSES, dwa)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        return self.compound(y, y_pred, sample_weight)
 
 
 # The value and its gradient.

@@ -1,9 +1,15 @@
 """A trained model and its DWA state, written and read."""
 
+import copy
+import inspect
+import pickle
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, TwoHeads, X, Y, check_run, dict_model, train
+from common import BACKEND, LOSSES, ComputeLoss, TwoHeads, X, Y, check_run, dict_model, train
 
 from keras_dwa import DynamicWeightAverage
 
@@ -26,41 +32,181 @@ def test_saved_model_loads_and_evaluates_to_the_same_numbers(dwa, tmp_path, make
         np.testing.assert_allclose(results[key], value, rtol=1e-6)
 
 
-def test_loaded_model_goes_on_with_the_optimizer_and_the_state(dwa, tmp_path):
-    def fit(model, dwa, epochs):
-        return model.fit(
-            X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=[dwa]
-        ).history
+LOAD = """
+import sys
+import keras
+keras.models.load_model(sys.argv[1], compile=False)
+keras.models.load_model(sys.argv[1])
+"""
 
+
+def test_process_without_the_package_gets_the_model_uncompiled(dwa, tmp_path):
     model = dict_model()
-    model.compile(keras.optimizers.Adam(0.01), LOSSES, loss_weights=dwa.loss_weights)
-    fit(model, dwa, 3)
+    train(model, dwa)
     model.save(tmp_path / "model.keras")
-    expected = fit(model, dwa, 2)
+    command = [sys.executable, "-c", LOAD, tmp_path / "model.keras"]
+    process = subprocess.run(command, capture_output=True, text=True)
+    if BACKEND == "tensorflow":  # Keras stores a variable there as a constant.
+        assert process.returncode == 0, process.stderr
+    else:
+        assert "line 5" in process.stderr
+        assert "Could not locate class 'LossWeight'" in process.stderr
+
+
+def fit_on(model, dwa, *callbacks, epochs, initial_epoch=0):
+    """Without shuffling, so that two runs can be the same."""
+    arguments = {"batch_size": 8, "shuffle": False, "verbose": 0, "callbacks": [dwa, *callbacks]}
+    return model.fit(X, Y, epochs=epochs, initial_epoch=initial_epoch, **arguments).history
+
+
+def compiled_model(dwa, model=None, optimizer=None):
+    model = model or dict_model()
+    optimizer = optimizer or keras.optimizers.Adam(0.01)
+    model.compile(optimizer, LOSSES, loss_weights=dwa.loss_weights)
+    return model
+
+
+def check_same(history, expected):
+    assert history.keys() == expected.keys()
+    for key, values in history.items():
+        np.testing.assert_allclose(values, expected[key], rtol=1e-6)
+
+
+def after(history, epochs):
+    return {key: values[epochs:] for key, values in history.items()}
+
+
+@pytest.mark.parametrize("make_model", [dict_model, TwoHeads])
+def test_loaded_model_goes_on_with_the_optimizer_and_the_state(dwa, tmp_path, make_model):
+    model = compiled_model(dwa, make_model())
+    fit_on(model, dwa, epochs=3)
+    model.save(tmp_path / "model.keras")
+    expected = fit_on(model, dwa, epochs=5, initial_epoch=3)
 
     loaded = keras.models.load_model(tmp_path / "model.keras")
     resumed = DynamicWeightAverage(dwa.outputs, temperature=0.2)
     loaded.compile(loaded.optimizer, LOSSES, loss_weights=resumed.loss_weights)
     resumed.set_model(loaded)
     loaded.load_weights(tmp_path / "model.keras")
-    for key, values in fit(loaded, resumed, 2).items():
-        np.testing.assert_allclose(values, expected[key], rtol=1e-6)
+    check_same(fit_on(loaded, resumed, epochs=5, initial_epoch=3), expected)
 
 
-def test_weights_file_carries_the_state(dwa, tmp_path):
+@pytest.mark.parametrize("file", ["state.weights.h5", "model.keras", "state.weights.json"])
+def test_weights_file_carries_the_state(dwa, tmp_path, file):
     model = dict_model()
     history = train(model, dwa, epochs=3)
-    model.save_weights(tmp_path / "state.weights.h5")
+    if file == "state.weights.json":
+        if "max_shard_size" not in inspect.signature(model.save_weights).parameters:
+            pytest.skip("Keras 3.10 has no sharded weights files")
+        model.save_weights(tmp_path / file, max_shard_size=2e-7)
+        assert len(list(tmp_path.iterdir())) > 2
+    elif file == "model.keras":
+        model.save(tmp_path / file)
+    else:
+        model.save_weights(tmp_path / file)
     # The same outputs in another order.
     other, resumed = dict_model(), DynamicWeightAverage({"hard": 0.5, "easy": 3.0}, 0.2)
     other.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=resumed.loss_weights)
     resumed.set_model(other)
-    other.load_weights(tmp_path / "state.weights.h5")
+    other.load_weights(tmp_path / file)
     assert resumed.step() == dwa.step()
     with pytest.warns(UserWarning, match="after 4 epochs"):  # Three are from the file.
         resumed.step({"easy": float("nan"), "hard": 1.0})
     second = other.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[resumed]).history
     check_run({key: history[key] + second[key] for key in history}, dwa)
+
+
+def test_checkpoint_of_weights_goes_on_from_its_epoch(dwa, tmp_path):
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / "{epoch}.weights.h5", monitor="base_loss", mode="min", save_weights_only=True
+    )
+    expected = after(fit_on(compiled_model(dwa), dwa, checkpoint, epochs=5), 3)
+    resumed = DynamicWeightAverage(dwa.outputs, temperature=0.2)
+    model = compiled_model(resumed)
+    resumed.set_model(model)
+    model.optimizer.build(model.trainable_variables)
+    model.load_weights(tmp_path / "3.weights.h5")
+    check_same(fit_on(model, resumed, epochs=5, initial_epoch=3), expected)
+
+
+def test_checkpoint_of_the_whole_model_goes_on_from_its_epoch(dwa, tmp_path):
+    checkpoint = keras.callbacks.ModelCheckpoint(
+        tmp_path / "{epoch}.keras", monitor="base_loss", mode="min"
+    )
+    expected = after(fit_on(compiled_model(dwa), dwa, checkpoint, epochs=5), 3)
+    resumed = DynamicWeightAverage(dwa.outputs, temperature=0.2)
+    model = keras.models.load_model(tmp_path / "3.keras")
+    compiled_model(resumed, model, model.optimizer)
+    resumed.set_model(model)
+    model.load_weights(tmp_path / "3.keras")
+    check_same(fit_on(model, resumed, epochs=5, initial_epoch=3), expected)
+
+
+def test_weights_loaded_before_the_callback_knows_its_model_are_warned_of(dwa, tmp_path):
+    model = compiled_model(dwa)
+    fit_on(model, dwa, epochs=3)
+    model.save(tmp_path / "model.keras")
+    resumed = DynamicWeightAverage(dwa.outputs, temperature=0.2)
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    compiled_model(resumed, loaded, loaded.optimizer)
+    loaded.load_weights(tmp_path / "model.keras")
+    with pytest.warns(
+        UserWarning, match=r"epoch 4, but .* only 0 .*(?s:.*)dwa\.set_model\(model\)"
+    ):
+        fit_on(loaded, resumed, epochs=5, initial_epoch=3)
+
+
+def test_early_stopping_restores_the_parameters_and_leaves_the_state(dwa):
+    class Parameters(keras.callbacks.Callback):
+        epochs = ()
+
+        def on_epoch_end(self, epoch, logs=None):
+            self.epochs += (self.model.get_weights(),)
+
+    model = compiled_model(dwa)
+    # `hard` never stops falling here, so that the first epoch is the best.
+    stop = keras.callbacks.EarlyStopping(
+        "hard_loss", mode="max", patience=3, restore_best_weights=True
+    )
+    parameters = Parameters()
+    history = fit_on(model, dwa, parameters, stop, epochs=9)
+    assert len(history["loss"]) == 4
+    for restored, best in zip(model.get_weights(), parameters.epochs[0], strict=True):
+        np.testing.assert_array_equal(restored, best)
+    second = fit_on(model, dwa, epochs=2)
+    check_run({key: history[key] + second[key] for key in history}, dwa)
+
+
+def test_parameters_go_between_models_with_and_without_the_callback(dwa):
+    with_dwa, without = compiled_model(dwa), dict_model()
+    fit_on(with_dwa, dwa, epochs=2)
+    without.set_weights(with_dwa.get_weights())
+    np.testing.assert_array_equal(without.predict(X)["easy"], with_dwa.predict(X)["easy"])
+    moved = dwa.step()
+    with_dwa.set_weights(dict_model().get_weights())
+    assert dwa.step() == moved
+    assert (without.predict(X)["easy"] != with_dwa.predict(X)["easy"]).all()
+
+
+def test_cloned_model_trains_with_a_callback_of_its_own(dwa):
+    model = compiled_model(dwa)
+    fit_on(model, dwa, epochs=3)
+    moved = dwa.step()
+    cloned, other = keras.models.clone_model(model), DynamicWeightAverage(["easy", "hard"], 0.2)
+    check_run(train(cloned, other), other)
+    assert dwa.step() == moved
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deep", "pickle"],
+)
+def test_copied_model_evaluates_to_the_same_numbers(dwa, copied):
+    model = compiled_model(dwa)
+    fit_on(model, dwa, epochs=3)
+    expected = model.evaluate(X, Y, verbose=0, return_dict=True)
+    check_same(copied(model).evaluate(X, Y, verbose=0, return_dict=True), expected)
 
 
 def test_weights_files_with_and_without_state_load_into_models_without_and_with(dwa, tmp_path):
@@ -94,26 +240,43 @@ def test_state_of_other_outputs_is_refused(dwa, tmp_path):
         other.load_weights(tmp_path / "state.weights.h5")
 
 
-def test_backup_and_restore_resumes_the_history(dwa, tmp_path):
-    class Interrupt(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 3:
-                raise KeyboardInterrupt
+class Interrupt(keras.callbacks.Callback):
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 3:
+            raise KeyboardInterrupt
 
-    def fit(history, *others):
-        keras.utils.set_random_seed(0)
-        model = dict_model()
-        dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
-        model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=dwa.loss_weights)
-        callbacks = [dwa, history, *others]
-        model.fit(X, Y, batch_size=8, epochs=6, shuffle=False, verbose=0, callbacks=callbacks)
 
+def backed_up_run(tmp_path, way, order, *others):
+    """A run of six epochs that starts where the backup ends; returns its history."""
+    keras.utils.set_random_seed(0)
+    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+    if way == "compile":
+        model = compiled_model(dwa)
+    else:
+        model = ComputeLoss(dwa)
+        model(X)
+        model.compile(keras.optimizers.Adam(0.01))
+    both = [dwa, keras.callbacks.BackupAndRestore(tmp_path)]
+    arguments = {"batch_size": 8, "shuffle": False, "verbose": 0}
+    model.fit(X, Y, epochs=6, callbacks=[*both[::order], *others], **arguments)
+
+
+@pytest.mark.parametrize("way", ["compile", "compute_loss"])
+def test_backup_and_restore_resumes_the_history(tmp_path, way):
     whole, interrupted, resumed = (keras.callbacks.History() for _ in range(3))
-    fit(whole)
+    backed_up_run(tmp_path, way, 1, whole)
     with pytest.raises(KeyboardInterrupt):
-        fit(interrupted, keras.callbacks.BackupAndRestore(tmp_path), Interrupt())
-    fit(resumed, keras.callbacks.BackupAndRestore(tmp_path))
+        backed_up_run(tmp_path, way, 1, interrupted, Interrupt())
+    backed_up_run(tmp_path, way, 1, resumed)
     assert interrupted.epoch + resumed.epoch == whole.epoch == list(range(6))
-    for key, values in whole.history.items():
-        both = interrupted.history[key] + resumed.history[key]
-        np.testing.assert_allclose(both, values, rtol=1e-6)
+    history = {key: interrupted.history[key] + resumed.history[key] for key in whole.history}
+    check_same(history, whole.history)
+
+
+def test_backup_that_comes_before_the_callback_is_warned_of(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        backed_up_run(tmp_path, "compile", -1, Interrupt())
+    written = r"epoch 4, but .* only 2 .*\n.*callbacks=\[dwa, keras\.callbacks\.BackupAndRestore"
+    with pytest.warns(UserWarning, match=written) as warned:
+        backed_up_run(tmp_path, "compile", -1)
+    assert sum(warning.category is UserWarning for warning in warned) == 1

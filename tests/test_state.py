@@ -1,7 +1,9 @@
 """The two epochs that DWA remembers: when they go on, when they start afresh, what they survive."""
 
 import copy
+import pickle
 
+import cloudpickle
 import keras
 import numpy as np
 import pytest
@@ -122,13 +124,51 @@ def test_model_keeps_its_own_weights_and_summary(dwa, capsys):
     assert [v.path for v in model.weights] == before
 
 
-def test_deep_copy_moves_the_weights_of_the_original(dwa):
+def test_deep_copy_moves_the_weights_that_the_model_has(dwa):
     model = dict_model()
     model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=dwa.loss_weights)
-    copied = copy.deepcopy(dwa)
+    (copied,) = copy.deepcopy([dwa])
     history = model.fit(X, Y, batch_size=8, epochs=4, verbose=0, callbacks=[copied]).history
     check_run(history, copied)
     assert copied.step() == dwa.step()
+
+
+@pytest.mark.parametrize("module", [pickle, cloudpickle])
+def test_pickled_callback_goes_on_without_the_original(module):
+    dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2, verbose=1)
+    train(dict_model(), dwa)
+    moved = dwa.step()
+    unpickled = module.loads(module.dumps(dwa))
+    assert (repr(unpickled), unpickled.verbose) == (repr(dwa), 1)
+    assert unpickled.step() == moved
+    losses = {"easy": 0.1, "hard": 0.7}
+    expected = unpickled.step(losses)
+    assert expected != moved
+    assert dwa.step() == moved
+    assert dwa.step(losses) == expected
+    check_run(train(dict_model(), unpickled), unpickled)
+    assert dwa.step() == expected
+
+
+def test_callback_pickled_within_an_epoch_has_its_weights(dwa):
+    model = dict_model()
+    train(model, dwa)
+    moved, pickled = dwa.step(), []
+
+    class Pickle(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            pickled.append(pickle.dumps(dwa))
+
+    model.fit(X, Y, batch_size=20, verbose=0, callbacks=[dwa, Pickle()])
+    assert [pickle.loads(data).step() for data in pickled] == [moved, moved]
+
+
+def test_temperature_assigned_later_moves_the_next_weights(dwa):
+    dwa.step({"easy": 2.0, "hard": 4.0})
+    dwa.temperature = 5.0
+    weights = dwa.step({"easy": 1.0, "hard": 3.0})
+    expected = dwa_weights([1.0, 3.0], [2.0, 4.0], 5.0)
+    np.testing.assert_allclose([weights["easy"], weights["hard"]], expected, rtol=1e-6)
 
 
 def test_step_moves_the_weights_by_the_averages_given(dwa):

@@ -1,0 +1,80 @@
+"""A trained model as an artifact for inference: it predicts as the model, without the package."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from common import BACKEND, X, dict_model, train
+
+from keras_dwa import DynamicWeightAverage
+
+
+@pytest.fixture
+def model():
+    model = dict_model()
+    train(model, DynamicWeightAverage(["easy", "hard"]))
+    return model
+
+
+def check_predicts(outputs, model, x=X):
+    expected = keras.ops.convert_to_numpy(model(x)["hard"])
+    np.testing.assert_allclose(np.asarray(outputs["hard"]), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras exports a SavedModel by TensorFlow")
+def test_saved_model(model, tmp_path):
+    import tensorflow as tf
+
+    model.export(tmp_path / "saved_model", verbose=False)
+    loaded = tf.saved_model.load(tmp_path / "saved_model")
+    check_predicts(loaded.serve(X), model)
+
+
+EXPORT = """
+import sys
+from common import X, dict_model, train
+from keras_dwa import DynamicWeightAverage
+
+model = dict_model()
+train(model, DynamicWeightAverage(["easy", "hard"]))
+model.export(f"{sys.argv[1]}/saved_model", verbose=False)
+model.save(f"{sys.argv[1]}/model.keras")
+"""
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX exports a SavedModel by TensorFlow")
+def test_saved_model_from_jax(tmp_path):
+    import tensorflow as tf
+
+    environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", EXPORT, tmp_path], check=True, env=environment)
+    loaded = tf.saved_model.load(tmp_path / "saved_model")
+    check_predicts(loaded.serve(X), keras.models.load_model(tmp_path / "model.keras"))
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Keras exports a torch program on torch")
+def test_torch_program(model, tmp_path):
+    import torch
+
+    model.export(tmp_path / "model.pt2", format="torch", verbose=False)
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    sample = torch.tensor(X[:1])  # Keras exports for batches of one, unless told otherwise.
+    with torch.no_grad():
+        check_predicts(program(sample), model, sample)
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="Keras's ONNX export needs tf2onnx or jax2onnx")
+# Keras: it calls torch's former exporter, which traces Keras's code.
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
+@pytest.mark.filterwarnings("ignore:The feature will be removed. Please remove usage")
+@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")
+def test_onnx(model, tmp_path):
+    import onnx.reference
+
+    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
+    session = onnx.reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    (name,) = session.input_names
+    check_predicts(dict(zip(["easy", "hard"], session.run(None, {name: X}), strict=True)), model)

@@ -1,0 +1,126 @@
+"""A `fit` that ends early, by an exception, by Ctrl-C or by a callback, and the next one."""
+
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+from common import LOSSES, ComputeLoss, X, Y, check_run, dict_model, train
+
+import keras_dwa
+from keras_dwa import DynamicWeightAverage
+
+
+@pytest.fixture
+def dwa():
+    return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+
+
+class RaiseWithin(keras.callbacks.Callback):
+    """Raises within the given epoch."""
+
+    def __init__(self, epoch, error):
+        super().__init__()
+        self.at, self.error = epoch, error
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.epoch == self.at and batch > 0:
+            raise self.error
+
+
+def joined(*histories):
+    keys = histories[0].history
+    return {key: [value for h in histories for value in h.history[key]] for key in keys}
+
+
+@pytest.mark.parametrize(
+    ("way", "error"), [("compile", KeyboardInterrupt), ("compute_loss", RuntimeError)]
+)
+def test_fit_after_an_interrupted_one_goes_on(dwa, mode, way, error):
+    if way == "compile":
+        model = dict_model()
+        model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=dwa.loss_weights, **mode)
+    else:
+        model = ComputeLoss(dwa)
+        model.compile(keras.optimizers.SGD(0.05), **mode)
+    histories = [keras.callbacks.History() for _ in range(2)]
+    arguments = {"batch_size": 8, "verbose": 0}
+    callbacks = [dwa, histories[0], RaiseWithin(2, error)]
+    with pytest.raises(error):
+        model.fit(X, Y, epochs=5, callbacks=callbacks, **arguments)
+    model.fit(X, Y, epochs=3, callbacks=[dwa, histories[1]], **arguments)
+    assert [history.epoch for history in histories] == [[0, 1], [0, 1, 2]]
+    check_run(joined(*histories), dwa)
+
+
+def test_terminate_on_nan_leaves_sane_weights(dwa):
+    model = dict_model()
+    train(model, dwa, epochs=3)
+    first, parameters, moved = model.history, model.get_weights(), dwa.step()
+    poisoned = {**Y, "hard": np.full_like(Y["hard"], np.nan)}
+    callbacks = [dwa, keras.callbacks.TerminateOnNaN()]
+    with pytest.warns(UserWarning, match=r"'hard' \(nan\)"):
+        stopped = model.fit(X, poisoned, epochs=3, verbose=0, callbacks=callbacks)
+    assert stopped.epoch == [0]
+    assert dwa.step() == moved
+    model.set_weights(parameters)
+    second = model.fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[dwa])
+    check_run(joined(first, second), dwa)
+
+
+@pytest.mark.parametrize("swap_on_epoch", [False, True])
+def test_swapped_ema_weights_leave_the_loss_weights_alone(dwa, swap_on_epoch):
+    model = dict_model()
+    optimizer = keras.optimizers.SGD(0.05, use_ema=True, ema_momentum=0.5)
+    model.compile(optimizer, LOSSES, loss_weights=dwa.loss_weights)
+    callbacks = [keras.callbacks.SwapEMAWeights(swap_on_epoch), dwa]
+    arguments = {"batch_size": 8, "verbose": 0, "validation_data": (X, Y)}
+    check_run(model.fit(X, Y, epochs=4, callbacks=callbacks, **arguments).history, dwa)
+
+
+def state_of(dwa):
+    model_state = {}
+    dwa._state.save_own_variables(model_state)
+    return {key: np.asarray(value).tolist() for key, value in model_state.items()}
+
+
+def test_ctrl_c_at_any_line_leaves_the_state_of_before_or_after(dwa):
+    package = str(Path(keras_dwa.__file__).parent)
+
+    def step(interrupted_line=None):
+        """Closes a third epoch, with Ctrl-C at a line of the package; returns the lines run."""
+        dwa.reset()
+        dwa.step({"easy": 2.0, "hard": 4.0})
+        dwa.step({"easy": 1.0, "hard": 3.0})
+        before, lines = state_of(dwa), 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            if not frame.f_code.co_filename.startswith(package):
+                return None
+            if event == "line":
+                lines += 1
+                if lines == interrupted_line:
+                    raise KeyboardInterrupt
+            return trace
+
+        tracer = sys.gettrace()  # That of a coverage run.
+        sys.settrace(trace)
+        try:
+            dwa.step({"easy": 0.5, "hard": 2.9})
+        except KeyboardInterrupt:
+            assert interrupted_line is not None
+        finally:
+            sys.settrace(tracer)
+        return lines, before, state_of(dwa)
+
+    lines, before, after = step()
+    assert before != after
+    found = [step(line)[2] for line in range(1, lines + 1)]
+    assert [state for state in found if state not in (before, after)] == []
+    assert before in found
+    assert after in found

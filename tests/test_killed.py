@@ -1,0 +1,79 @@
+"""Real processes, killed by SIGKILL within an epoch and started again."""
+
+import csv
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from common import BACKEND, check_run
+
+from keras_dwa import DynamicWeightAverage
+
+SCRIPT = Path(__file__).parent / "run_to_kill.py"
+
+
+def start(folder, *arguments, backend=BACKEND):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, SCRIPT, folder, *map(str, arguments)]
+    environment = {**os.environ, "KERAS_BACKEND": backend}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def run(folder, *arguments, **backend):
+    with start(folder, *arguments, **backend) as process:
+        process.communicate()
+    assert process.returncode == 0
+
+
+def run_and_kill(folder, save_freq, epoch, batch, **backend):
+    with start(folder, save_freq, epoch, batch, "wait", **backend) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+
+
+def check_same(folder, expected):
+    """The parameters, the optimizer's state, the weights and the history, bit by bit."""
+    assert (folder / "log.csv").read_bytes() == (expected / "log.csv").read_bytes()
+    trained, whole = np.load(folder / "trained.npz"), np.load(expected / "trained.npz")
+    assert trained.files == whole.files
+    for key in whole.files:
+        np.testing.assert_array_equal(trained[key], whole[key], strict=True)
+
+
+def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path):
+    run(tmp_path / "whole", "epoch")
+    for epoch, batch in [(0, 1), (1, 3), (2, 0), (4, 2)]:
+        run_and_kill(tmp_path / "killed", "epoch", epoch, batch)
+    run(tmp_path / "killed", "epoch")
+    check_same(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_run_saved_within_an_epoch_goes_on_as_keras_does(tmp_path):
+    # With 5 batches to an epoch, the 16th is the first of epoch 3. Keras trains that epoch again
+    # from its first batch, with the parameters of the backup.
+    run(tmp_path / "continued", 4, 3, 0, "continue")
+    run_and_kill(tmp_path / "killed", 4, 3, 2)
+    run(tmp_path / "killed", 4)
+    check_same(tmp_path / "killed", tmp_path / "continued")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax") is None or BACKEND == "jax", reason="needs another backend"
+)
+def test_run_goes_on_under_another_backend_and_back(tmp_path):
+    run_and_kill(tmp_path, "epoch", 2, 1)
+    run_and_kill(tmp_path, "epoch", 4, 1, backend="jax")
+    run(tmp_path, "epoch")
+    with (tmp_path / "log.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["epoch"]) for row in rows] == list(range(6))
+    history = {key: [float(row[key]) for row in rows] for key in rows[0] if key[:4] != "val_"}
+    check_run(history, DynamicWeightAverage(["easy", "hard"], temperature=0.1))
+    at_each_start = history["base_loss"][::2]
+    assert at_each_start == sorted(at_each_start, reverse=True)
