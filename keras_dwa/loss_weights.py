@@ -95,7 +95,8 @@ class LossWeights(keras.metrics.Metric):
         self, weights: NDArray[np.floating[Any]], epoch_losses: NDArray[np.float64], epochs: int
     ) -> None:
         for variable, weight in zip(self.weights.values(), weights, strict=True):
-            variable.assign(weight)
+            # An array, since TensorFlow keeps every Python number that it has ever converted.
+            variable.assign(np.array(weight))
         self.epoch_losses = epoch_losses
         self.epochs = epochs
 

@@ -35,9 +35,6 @@ class Search(keras_tuner.HyperModel):
 
 
 @pytest.mark.parametrize("given", ["to search", "in the hypermodel"])
-# Upstream: keras_tuner, on Python 3.11.
-@pytest.mark.filterwarnings(r"ignore:currentThread\(\) is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings(r"ignore:getName\(\) is deprecated:DeprecationWarning")
 def test_every_trial_starts_afresh_and_moves_the_weights_by_its_temperature(tmp_path, given):
     dwa = DynamicWeightAverage(["easy", "hard"]) if given == "to search" else None
     hypermodel = Search(dwa)

@@ -1,0 +1,64 @@
+"""What the callback keeps after 5, 50 and 500 epochs: as much after 500 as after 5.
+
+    KERAS_BACKEND=jax python benchmarks/memory.py
+
+Printed are the bytes still allocated, after the training, of those that lines of keras_dwa asked
+for; the size of the pickled callback; and by how much the memory of all of Python grew in the
+training with DWA, and with static weights, since Keras and its backend keep something, too. Keras's
+`History`, a list of all that was logged, is dropped first. All in one process, with a new model each
+time, after a long training that fills what is filled once only.
+"""
+
+import gc
+import os
+import pickle
+import tracemalloc
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "jax")
+
+import keras
+import numpy as np
+
+import keras_dwa
+
+X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
+Y = {"sum": X.sum(axis=1, keepdims=True), "mean": X.mean(axis=1, keepdims=True)}
+OURS = tracemalloc.Filter(True, str(Path(keras_dwa.__file__).parent / "*"))
+
+
+def allocated(snapshot):
+    return sum(statistic.size for statistic in snapshot.statistics("filename"))
+
+
+def train(epochs, dwa=None):
+    """Returns the bytes that are ours, and by how much all of Python grew."""
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, {name: keras.layers.Dense(1)(inputs) for name in Y})
+    weights, callbacks = (dwa.loss_weights, [dwa]) if dwa else (dict.fromkeys(Y, 1.0), [])
+    model.compile("sgd", dict.fromkeys(Y, "mse"), loss_weights=weights)
+    model.fit(X, Y, epochs=3, verbose=0, callbacks=callbacks)  # Keeps the compiled step.
+    gc.collect()
+    before = tracemalloc.take_snapshot()
+    model.fit(X, Y, epochs=epochs, verbose=0, callbacks=callbacks)
+    model.history = None
+    gc.collect()
+    after = tracemalloc.take_snapshot()
+    return allocated(after.filter_traces([OURS])), allocated(after) - allocated(before)
+
+
+def main():
+    tracemalloc.start()
+    train(500, keras_dwa.DynamicWeightAverage(list(Y)))
+    print(f"Keras {keras.__version__} on {keras.backend.backend()}, in bytes:")
+    print("epochs  keras_dwa  pickled  all grew by  with static weights")
+    for epochs in (5, 50, 500):
+        dwa = keras_dwa.DynamicWeightAverage(list(Y))
+        ours, growth = train(epochs, dwa)
+        _, static_growth = train(epochs)
+        pickled = len(pickle.dumps(dwa))
+        print(f"{epochs:6} {ours:10} {pickled:8} {growth:12} {static_growth:20}")
+
+
+if __name__ == "__main__":
+    main()
