@@ -78,6 +78,6 @@ def nightly(session, backend):
 @nox.session(default=False)
 @nox.parametrize("backend", list(BACKENDS))
 def every_mode(session, backend):
-    """Every test in the jit mode of JAX and torch, too, where the default session has a part."""
+    """Every test with jit_compile=True, too, where the default session runs a part."""
     install(session, KERAS, *BACKENDS[backend], *BACKENDS["jax"], *TEST_TOOLS, ".")
     run_tests(session, backend, "--every-mode")

@@ -4,9 +4,9 @@
 
 Printed are the bytes still allocated, after the training, of those that lines of keras_dwa asked
 for; the size of the pickled callback; and by how much the memory of all of Python grew in the
-training with DWA, and with static weights, since Keras and its backend keep something, too. Keras's
-`History`, a list of all that was logged, is dropped first. All in one process, with a new model each
-time, after a long training that fills what is filled once only.
+training with DWA, and with static weights, since Keras and its backend keep something, too.
+Keras's `History`, a list of all that was logged, is dropped first. All in one process, with a new
+model each time, after a long training that fills what is filled once only.
 """
 
 import gc

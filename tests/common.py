@@ -36,8 +36,7 @@ def mode_of(request):
     if request.param == "jit" and not (marked or request.config.getoption("--every-mode")):
         if BACKEND == "jax":
             pytest.skip("on JAX, Keras resolves the default to jit_compile=True")
-        if BACKEND == "torch":
-            pytest.skip("torch takes 20 s to compile a Keras step: `nox -s every_mode` runs all")
+        pytest.skip("takes up to 20 s to compile a step: `nox -s every_mode` runs all")
     return MODES[request.param]
 
 

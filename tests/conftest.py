@@ -12,6 +12,8 @@ if BACKEND == "tensorflow":
 
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+    # The suite traces far longer than it runs what is traced.
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
 @pytest.fixture(params=MODES)
@@ -29,6 +31,4 @@ def fresh_keras():
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--every-mode", action="store_true", help="run all in the jit mode of JAX and torch"
-    )
+    parser.addoption("--every-mode", action="store_true", help="run all with jit_compile=True, too")

@@ -2,39 +2,40 @@
 
 import csv
 import importlib.util
-import os
+import multiprocessing
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+import run_to_kill
 from common import BACKEND, check_run
 
 from keras_dwa import DynamicWeightAverage
 
-SCRIPT = Path(__file__).parent / "run_to_kill.py"
+SPAWN = multiprocessing.get_context("spawn")
+# Forked from a process that has imported Keras, which takes longest.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["keras"])
 
 
-def start(folder, *arguments, backend=BACKEND):
+def run(folder, save_freq, stop=None):
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, SCRIPT, folder, *map(str, arguments)]
-    environment = {**os.environ, "KERAS_BACKEND": backend}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    process = FORK.Process(target=run_to_kill.train, args=(folder, save_freq, stop))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
-def run(folder, *arguments, **backend):
-    with start(folder, *arguments, **backend) as process:
-        process.communicate()
-    assert process.returncode == 0
-
-
-def run_and_kill(folder, save_freq, epoch, batch, **backend):
-    with start(folder, save_freq, epoch, batch, "wait", **backend) as process:
-        assert process.stdout.readline() == "ready\n"
-        process.kill()
-    assert process.returncode == -signal.SIGKILL
+def run_and_kill(folder, save_freq, epoch, batch, context=FORK):
+    folder.mkdir(exist_ok=True)
+    reached = context.Event()
+    arguments = (folder, save_freq, (epoch, batch, reached))
+    process = context.Process(target=run_to_kill.train, args=arguments)
+    process.start()
+    assert reached.wait(timeout=120)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 def check_same(folder, expected):
@@ -57,7 +58,7 @@ def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path):
 def test_run_saved_within_an_epoch_goes_on_as_keras_does(tmp_path):
     # With 5 batches to an epoch, the 16th is the first of epoch 3. Keras trains that epoch again
     # from its first batch, with the parameters of the backup.
-    run(tmp_path / "continued", 4, 3, 0, "continue")
+    run(tmp_path / "continued", 4, (3, 0))
     run_and_kill(tmp_path / "killed", 4, 3, 2)
     run(tmp_path / "killed", 4)
     check_same(tmp_path / "killed", tmp_path / "continued")
@@ -66,9 +67,11 @@ def test_run_saved_within_an_epoch_goes_on_as_keras_does(tmp_path):
 @pytest.mark.skipif(
     importlib.util.find_spec("jax") is None or BACKEND == "jax", reason="needs another backend"
 )
-def test_run_goes_on_under_another_backend_and_back(tmp_path):
+def test_run_goes_on_under_another_backend_and_back(tmp_path, monkeypatch):
     run_and_kill(tmp_path, "epoch", 2, 1)
-    run_and_kill(tmp_path, "epoch", 4, 1, backend="jax")
+    with monkeypatch.context() as environment:
+        environment.setenv("KERAS_BACKEND", "jax")
+        run_and_kill(tmp_path, "epoch", 4, 1, context=SPAWN)
     run(tmp_path, "epoch")
     with (tmp_path / "log.csv").open() as file:
         rows = list(csv.DictReader(file))

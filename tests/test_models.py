@@ -49,7 +49,6 @@ def test_subclassed_model_that_fit_builds(dwa, mode):
     check_run(train(TwoHeads(), dwa, mode=mode, validation_split=0.2), dwa)
 
 
-@pytest.mark.every_mode
 def test_subclassed_model_built_before_fit(dwa, mode):
     model = TwoHeads()
     model(X)

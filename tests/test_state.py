@@ -1,7 +1,10 @@
 """The two epochs that DWA remembers: when they go on, when they start afresh, what they survive."""
 
 import copy
+import gc
 import pickle
+import tracemalloc
+from pathlib import Path
 
 import cloudpickle
 import keras
@@ -9,6 +12,7 @@ import numpy as np
 import pytest
 from common import LOSSES, X, Y, check_run, dict_model, train
 
+import keras_dwa
 from keras_dwa import DynamicWeightAverage, dwa_weights
 
 
@@ -198,6 +202,26 @@ def test_step_without_data_does_nothing(dwa):
     np.testing.assert_allclose(
         dwa.step({"easy": 1.0, "hard": 3.0})["easy"], 1.0, rtol=1e-6
     )  # The epoch before is still the last one with data.
+
+
+def test_steps_keep_nothing_behind(dwa):
+    package = tracemalloc.Filter(True, str(Path(keras_dwa.__file__).parent / "*"))
+
+    def allocated():
+        gc.collect()
+        snapshot = tracemalloc.take_snapshot().filter_traces([package])
+        return sum(statistic.size for statistic in snapshot.statistics("filename"))
+
+    tracemalloc.start()
+    try:
+        sizes = []
+        for epoch in range(400):
+            if epoch in (20, 399):
+                sizes.append(allocated())
+            dwa.step({"easy": 2.0 + np.sin(epoch), "hard": 1.0})
+    finally:
+        tracemalloc.stop()
+    assert sizes[1] < sizes[0] + 1000
 
 
 def test_reset_within_an_epoch_reaches_the_next_step(dwa):
