@@ -41,9 +41,10 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     Callbacks that read these come after this one in the list.
 
     A model that the callback has not seen starts afresh; a second `fit` of the same model goes on.
-    `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store the state with the model's. A
-    pickled callback keeps the state, but not the model. A deep copy is the callback itself, for the
-    model that is compiled with its weights would not see those of another.
+    `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store the state with the model's.
+    Pickled between two epochs, the callback keeps its state without its model, and goes on with the
+    first one that it is given. A copy is the callback itself: the model that was compiled with its
+    weights would not see those of another.
 
     Args:
         outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
@@ -94,13 +95,17 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self.verbose = verbose
         self._state = LossWeights(self.outputs)
         self._warned_of_sign = False
+        self._is_new = self._is_first_epoch = False
 
     def __repr__(self) -> str:
         names: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
         return f"DynamicWeightAverage({names}, temperature={self.temperature})"
 
+    def __copy__(self) -> Self:
+        return self
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # KerasTuner copies its callbacks for every trial, after the model has their weights.
+        # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -151,6 +156,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         if losses is None:
             losses = state.recorded_averages()
             if losses is None and state.called:
+                state.called = False
                 message = (
                     "`step` found nothing recorded, although the compound loss was called. In a "
                     "function under `jax.jit`, assign the variables that `stateless_call` returns "
@@ -158,7 +164,6 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 )
         if losses is not None:
             message = self._close_epoch(self._check_losses(losses))
-        state.forget_record()
         if message is not None:
             # Last, for a warning may be an error.
             warnings.warn(message, stacklevel=2)
@@ -168,7 +173,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         """Goes back to the first epoch: the base weights, no epoch known, nothing recorded."""
         self._sync()
         self._state.reset()
-        self._warned_of_sign = False
+        self._warned_of_sign = self._is_new = False
 
     def set_model(self, model: keras.Model) -> None:
         weights = self._state.weights
@@ -181,21 +186,38 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         tracked = getattr(model, self._state.name, None) is self._state
         if not tracked or model is not self.model:
             self._attach(model)
+            unpickled = self.model is None and self._state.loaded
+            if not unpickled:
+                self.reset()
+            self._is_new = True
+            # Last, so that the next call does it all again if Ctrl-C comes before.
             super().set_model(model)
-            self.reset()
-            self._state.untrained = True
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        self._is_first_epoch = True
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         state = self._state
-        if state.untrained and epoch > state.epochs:
+        is_behind = self._is_first_epoch and epoch > state.epochs
+        is_new, is_loaded = self._is_new, state.loaded
+        self._is_first_epoch = self._is_new = state.loaded = False
+        epochs, state.epochs = state.epochs, epoch
+        if is_behind and is_loaded:
             warnings.warn(
-                f"Training goes on with epoch {epoch + 1}, but DynamicWeightAverage knows of only "
-                f"{state.epochs} before it. A callback that saves comes after it:\n"
-                "    callbacks=[dwa, keras.callbacks.BackupAndRestore(...)]\n"
-                "Before `model.load_weights`, call `dwa.set_model(model)`.",
+                f"Training goes on with epoch {epoch + 1}, but the file that was read knows of "
+                f"only {epochs} before it, as it was written before DynamicWeightAverage moved "
+                "the weights. For the next run, list the callback that writes it last:\n"
+                "    callbacks=[dwa, keras.callbacks.BackupAndRestore(...)]",
                 stacklevel=2,
             )
-        state.untrained = False
+        elif is_behind and is_new:
+            warnings.warn(
+                f"Training begins with epoch {epoch + 1}, but DynamicWeightAverage starts afresh. "
+                "To go on with the state in a weights file, call `dwa.set_model(model)` before "
+                "`model.load_weights(...)`. To start here, call `dwa.set_model(model)` and "
+                "`dwa.reset()` before `fit`.",
+                stacklevel=2,
+            )
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         logs = {} if logs is None else logs
@@ -212,7 +234,6 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 "output or metric another name, and the callback to `fit` once only."
             )
         logs.update(added)
-        self._state.epochs = epoch
         new_weights = self.step(losses)
         if self.verbose > 0:
             shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())

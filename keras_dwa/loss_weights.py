@@ -52,8 +52,8 @@ class LossWeights(keras.metrics.Metric):
         weights: output name to `LossWeight`.
         base_weights: float64 array of shape `(K,)`, in the order of `weights`.
         epoch_losses: the last averages known, oldest first: float64, shape `(0 to 2, K)`.
-        epochs: how many epochs were closed: in `fit`, the number of the last closed one.
-        untrained: whether no epoch began since the state was given to a model or read from a file.
+        epochs: how many epochs were closed: in `fit`, those that come before the current one.
+        loaded: whether the state was read from a file, and no epoch has begun since.
         record: the sums of the K losses recorded since the last reset, then their number: a
             variable of shape `(K + 1,)`, float32 or wider. None until `start_recording`.
         called: whether `update_state` was called since the last epoch was closed, be it in a trace.
@@ -66,7 +66,6 @@ class LossWeights(keras.metrics.Metric):
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         self.record: Any = None
         self.in_logs = False
-        self.untrained = False
         self.reset()
 
     def __reduce__(self) -> Any:
@@ -78,13 +77,13 @@ class LossWeights(keras.metrics.Metric):
 
     def reset(self) -> None:
         """Goes back to the base weights and forgets every epoch."""
+        self.loaded = False
         self.update(self.base_weights, np.empty((0, len(self.weights))), epochs=0)
-        self.forget_record()
 
     def update(
         self, weights: NDArray[np.floating[Any]], epoch_losses: NDArray[np.float64], epochs: int
     ) -> None:
-        """Replaces the state: all of it, even if Ctrl-C comes in between."""
+        """Replaces the state and forgets what was recorded: as a whole, even on Ctrl-C."""
         try:
             self._update(weights, epoch_losses, epochs)
         except KeyboardInterrupt:
@@ -99,9 +98,6 @@ class LossWeights(keras.metrics.Metric):
             variable.assign(np.array(weight))
         self.epoch_losses = epoch_losses
         self.epochs = epochs
-
-    def forget_record(self) -> None:
-        """Forgets what was recorded, and that it was."""
         self.called = False
         self.reset_state()
 
@@ -183,7 +179,7 @@ class LossWeights(keras.metrics.Metric):
             np.asarray(store["epoch_losses"])[:, order],
             epochs=int(np.asarray(store["epochs"])),
         )
-        self.untrained = True
+        self.loaded = True
 
 
 def _unpickle(base_weights: dict[str, float], state: dict[str, Any]) -> LossWeights:

@@ -1,6 +1,7 @@
 """A training run that resumes from its backup, for tests to kill."""
 
 import signal
+import warnings
 
 import keras
 import numpy as np
@@ -33,6 +34,7 @@ def train(folder, save_freq, stop=None):
     `stop` is an epoch and a batch, and where the run is to be killed, an event to set by then.
     Without it, the run gives the epoch up there, and trains it again from the state that it has.
     """
+    warnings.simplefilter("error", UserWarning)
     keras.utils.set_random_seed(0)
     inputs, outputs = heads()
     normalized = {name: keras.layers.BatchNormalization()(y) for name, y in outputs.items()}

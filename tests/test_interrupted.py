@@ -9,7 +9,7 @@ import pytest
 from common import LOSSES, ComputeLoss, X, Y, check_run, dict_model, train
 
 import keras_dwa
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import CompoundLoss, DynamicWeightAverage
 
 
 @pytest.fixture
@@ -82,45 +82,73 @@ def test_swapped_ema_weights_leave_the_loss_weights_alone(dwa, swap_on_epoch):
     check_run(model.fit(X, Y, epochs=4, callbacks=callbacks, **arguments).history, dwa)
 
 
-def state_of(dwa):
-    model_state = {}
-    dwa._state.save_own_variables(model_state)
-    return {key: np.asarray(value).tolist() for key, value in model_state.items()}
+def lines_run(function, interrupted_line=None):
+    """Calls a function, with Ctrl-C at a line of the package; returns the number of lines run."""
+    package, tracer, lines = str(Path(keras_dwa.__file__).parent), sys.gettrace(), 0
+
+    def trace(frame, event, argument):
+        nonlocal lines
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            lines += 1
+            if lines == interrupted_line:
+                raise KeyboardInterrupt
+        return trace
+
+    sys.settrace(trace)
+    try:
+        function()
+    except KeyboardInterrupt:
+        assert interrupted_line is not None
+    finally:
+        sys.settrace(tracer)
+    return lines
 
 
-def test_ctrl_c_at_any_line_leaves_the_state_of_before_or_after(dwa):
-    package = str(Path(keras_dwa.__file__).parent)
+@pytest.mark.parametrize("way", ["given", "recorded"])
+def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_of_before_or_after(dwa, way):
+    compound = CompoundLoss(["easy", "hard"], dwa)
 
-    def step(interrupted_line=None):
-        """Closes a third epoch, with Ctrl-C at a line of the package; returns the lines run."""
+    def close_epoch(easy, hard):
+        if way == "given":
+            return lambda: dwa.step({"easy": easy, "hard": hard})
+        compound.combine({"easy": easy, "hard": hard})
+        return dwa.step
+
+    def state():
+        stored = {"recorded": dwa._state.recorded_averages()}
+        dwa._state.save_own_variables(stored)
+        return {key: np.asarray(value).tolist() for key, value in stored.items()}
+
+    def third_epoch(interrupted_line=None):
         dwa.reset()
-        dwa.step({"easy": 2.0, "hard": 4.0})
-        dwa.step({"easy": 1.0, "hard": 3.0})
-        before, lines = state_of(dwa), 0
+        close_epoch(2.0, 4.0)()
+        close_epoch(1.0, 3.0)()
+        close = close_epoch(0.5, 2.9)
+        before = state()
+        return lines_run(close, interrupted_line), before, state()
 
-        def trace(frame, event, argument):
-            nonlocal lines
-            if not frame.f_code.co_filename.startswith(package):
-                return None
-            if event == "line":
-                lines += 1
-                if lines == interrupted_line:
-                    raise KeyboardInterrupt
-            return trace
-
-        tracer = sys.gettrace()  # That of a coverage run.
-        sys.settrace(trace)
-        try:
-            dwa.step({"easy": 0.5, "hard": 2.9})
-        except KeyboardInterrupt:
-            assert interrupted_line is not None
-        finally:
-            sys.settrace(tracer)
-        return lines, before, state_of(dwa)
-
-    lines, before, after = step()
+    lines, before, after = third_epoch()
     assert before != after
-    found = [step(line)[2] for line in range(1, lines + 1)]
+    found = [third_epoch(line)[2] for line in range(1, lines + 1)]
     assert [state for state in found if state not in (before, after)] == []
     assert before in found
     assert after in found
+
+
+def test_ctrl_c_at_any_line_of_the_start_leaves_nothing_of_the_former_model(dwa):
+    train(dict_model(), dwa)
+    former, model = dwa.model, dict_model()
+    moved = dwa.step()
+    model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
+    lines = lines_run(lambda: dwa.set_model(model))
+    assert dwa.step() == {"easy": 1.0, "hard": 1.0} != moved
+    for line in range(1, lines + 1):
+        dwa.set_model(former)
+        dwa.step({"easy": 2.0, "hard": 4.0})
+        assert dwa.step({"easy": 1.0, "hard": 3.0}) != {"easy": 1.0, "hard": 1.0}
+        lines_run(lambda: dwa.set_model(model), line)
+        dwa.set_model(model)
+        assert dwa.step() == {"easy": 1.0, "hard": 1.0}
+        assert dwa.step({"easy": 1.0, "hard": 2.0}) == {"easy": 1.0, "hard": 1.0}

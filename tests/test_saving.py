@@ -147,9 +147,8 @@ def test_weights_loaded_before_the_callback_knows_its_model_are_warned_of(dwa, t
     loaded = keras.models.load_model(tmp_path / "model.keras")
     compiled_model(resumed, loaded, loaded.optimizer)
     loaded.load_weights(tmp_path / "model.keras")
-    with pytest.warns(
-        UserWarning, match=r"epoch 4, but .* only 0 .*(?s:.*)dwa\.set_model\(model\)"
-    ):
+    written = r"epoch 4, but .* afresh.* `dwa\.set_model\(model\)` before `model\.load_weights"
+    with pytest.warns(UserWarning, match=written):
         fit_on(loaded, resumed, epochs=5, initial_epoch=3)
 
 
@@ -277,3 +276,40 @@ def test_backup_that_comes_before_the_callback_is_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=written) as warned:
         backed_up_run(tmp_path, "compile", -1)
     assert sum(warning.category is UserWarning for warning in warned) == 1
+
+
+def test_backup_that_comes_before_the_callback_is_warned_of_in_a_later_fit(dwa, tmp_path):
+    model = compiled_model(dwa)
+    fit_on(model, dwa, epochs=5)
+    arguments = {"batch_size": 8, "epochs": 5, "verbose": 0}
+    callbacks = [keras.callbacks.BackupAndRestore(tmp_path), dwa]
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, Y, callbacks=[*callbacks, Interrupt()], **arguments)
+    with pytest.warns(UserWarning, match="epoch 4, but .* only 2 "):
+        model.fit(X, Y, callbacks=callbacks, **arguments)
+
+
+def test_weights_loaded_within_a_fit_are_not_warned_of(dwa, tmp_path):
+    class Reload(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == 0:
+                self.model.save_weights(tmp_path / "first.weights.h5")
+            if epoch == 3:
+                self.model.load_weights(tmp_path / "first.weights.h5")
+                reloaded.append(dwa.step())
+
+    reloaded = []
+    history = fit_on(compiled_model(dwa), dwa, Reload(), epochs=6)
+    assert reloaded == [dwa.outputs]
+    first_two = {key: [values[0], *values[4:]] for key, values in history.items()}
+    check_run(first_two, dwa)
+
+
+def test_callback_that_comes_in_later_starts_afresh_without_a_warning(dwa):
+    model = dict_model()
+    model.compile("sgd", LOSSES)
+    model.fit(X, Y, epochs=3, verbose=0)
+    compiled_model(dwa, model, model.optimizer)
+    dwa.set_model(model)
+    dwa.reset()
+    check_run(fit_on(model, dwa, initial_epoch=3, epochs=6), dwa)
