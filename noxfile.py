@@ -10,7 +10,8 @@ OLDEST_KERAS = "keras==3.10.0"
 BACKENDS = {
     "tensorflow": ["tensorflow-cpu==2.21.0", "tensorboard==2.21.0"],
     "jax": ["jax==0.10.2"],
-    "torch": ["torch==2.13.0", "torchjd==0.18.0", "onnx", "onnxscript"],
+    # With JAX, to read and write each other's files.
+    "torch": ["torch==2.13.0", "torchjd==0.18.0", "onnx", "onnxscript", "jax==0.10.2"],
 }
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "sybil", "scikit-learn", "cloudpickle"]
 TEST_TOOLS += ["keras-tuner", "six"]  # The tuner imports six, and does not require it.
@@ -51,8 +52,8 @@ def types(session):
 @nox.session
 @nox.parametrize("backend", list(BACKENDS))
 def tests(session, backend):
-    """On each backend; JAX is there, too, to read and write the files of the others."""
-    install(session, KERAS, *BACKENDS[backend], *BACKENDS["jax"], *TEST_TOOLS, ".")
+    """On each backend."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
     run_tests(session, backend)
 
 
@@ -61,7 +62,7 @@ def oldest(session):
     """On the oldest Keras that runs with today's JAX."""
     install(session, OLDEST_KERAS, *BACKENDS["jax"], *TEST_TOOLS, ".")
     others = ["tests/test_examples.py", "tests/test_export.py", "tests/test_tuner.py"]
-    run_suite(session, "jax", *(f"--ignore={name}" for name in others))
+    run_suite(session, "jax", "--modes=default", *(f"--ignore={name}" for name in others))
 
 
 @nox.session(default=False)
@@ -79,6 +80,6 @@ def nightly(session, backend):
 @nox.session(default=False)
 @nox.parametrize("backend", list(BACKENDS))
 def every_mode(session, backend):
-    """Every test with jit_compile=True, too, where the default session runs a part."""
-    install(session, KERAS, *BACKENDS[backend], *BACKENDS["jax"], *TEST_TOOLS, ".")
-    run_tests(session, backend, "--every-mode")
+    """Every test in every mode, of which the default session runs a part."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    run_tests(session, backend, "--modes=every")

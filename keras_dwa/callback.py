@@ -114,6 +114,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
     @property
     def temperature(self) -> float:
+        """`T`, a finite number > 0; assigning anything else raises a ValueError."""
         return self._temperature
 
     @temperature.setter

@@ -32,11 +32,14 @@ def mode_of(request):
     """Arguments of `compile` for the way to run a step that a fixture asks for."""
     if request.param == "steps_per_execution" and BACKEND == "torch":
         pytest.skip("Keras takes no steps_per_execution on torch")
-    marked = request.node.get_closest_marker("every_mode")
-    if request.param == "jit" and not (marked or request.config.getoption("--every-mode")):
-        if BACKEND == "jax":
-            pytest.skip("on JAX, Keras resolves the default to jit_compile=True")
-        pytest.skip("takes up to 20 s to compile a step: `nox -s every_mode` runs all")
+    if request.param == "jit" and BACKEND == "jax":
+        pytest.skip("on JAX, Keras resolves the default to jit_compile=True")
+    modes = request.config.getoption("--modes")
+    if modes == "some":
+        marked = request.node.get_closest_marker("every_mode")
+        modes = "every" if marked else "default eager"
+    if modes != "every" and request.param not in modes:
+        pytest.skip("for time: `nox -s every_mode` runs every test in every mode")
     return MODES[request.param]
 
 

@@ -31,4 +31,10 @@ def fresh_keras():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-mode", action="store_true", help="run all with jit_compile=True, too")
+    parser.addoption(
+        "--modes",
+        choices=["default", "some", "every"],
+        default="some",
+        help="run a test in the default mode of `compile`; eagerly, and where it is marked in "
+        "every mode, too; or each in every mode",
+    )

@@ -16,9 +16,13 @@ def dwa():
 
 
 @pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "2", None])
-def test_temperature_must_be_finite_and_positive(temperature):
-    with pytest.raises(ValueError, match=re.escape(f"Found `temperature = {temperature!r}`")):
+def test_temperature_must_be_finite_and_positive(dwa, temperature):
+    found = re.escape(f"Found `temperature = {temperature!r}`")
+    with pytest.raises(ValueError, match=found):
         DynamicWeightAverage(["a"], temperature)
+    with pytest.raises(ValueError, match=found):
+        dwa.temperature = temperature
+    assert dwa.temperature == 0.2
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,5 @@
 """A trained model as an artifact for inference: it predicts as the model, without the package."""
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -31,28 +27,6 @@ def test_saved_model(model, tmp_path):
     model.export(tmp_path / "saved_model", verbose=False)
     loaded = tf.saved_model.load(tmp_path / "saved_model")
     check_predicts(loaded.serve(X), model)
-
-
-EXPORT = """
-import sys
-from common import X, dict_model, train
-from keras_dwa import DynamicWeightAverage
-
-model = dict_model()
-train(model, DynamicWeightAverage(["easy", "hard"]))
-model.export(f"{sys.argv[1]}/saved_model", verbose=False)
-model.save(f"{sys.argv[1]}/model.keras")
-"""
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="JAX exports a SavedModel by TensorFlow")
-def test_saved_model_from_jax(tmp_path):
-    import tensorflow as tf
-
-    environment = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", EXPORT, tmp_path], check=True, env=environment)
-    loaded = tf.saved_model.load(tmp_path / "saved_model")
-    check_predicts(loaded.serve(X), keras.models.load_model(tmp_path / "model.keras"))
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Keras exports a torch program on torch")

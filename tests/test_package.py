@@ -1,18 +1,51 @@
-"""What importing the package brings in."""
+"""A process that has not imported the package yet."""
 
-import os
-import subprocess
+import multiprocessing
 import sys
+
+import keras
+import pytest
+
+# Forked from a process that has imported Keras, which takes longest.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["keras"])
+
+
+def succeeds_in_a_new_process(function, *args):
+    process = FORK.Process(target=function, args=args, daemon=True)
+    process.start()
+    process.join()
+    return process.exitcode == 0
+
+
+def import_the_package():
+    before = set(sys.modules)
+    import keras_dwa  # noqa: F401
+
+    brought_in = {name.partition(".")[0] for name in set(sys.modules) - before}
+    assert brought_in - set(sys.stdlib_module_names) - {"numpy"} == {"keras_dwa"}
 
 
 def test_import_brings_in_keras_and_numpy_only():
-    code = """
-import sys, keras
-before = set(sys.modules)
-import keras_dwa
-print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
-"""
-    brought_in = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert set(brought_in) - {"numpy"} == {"keras_dwa"}
+    assert succeeds_in_a_new_process(import_the_package)
+
+
+def load_without_the_package(path):
+    keras.models.load_model(path, compile=False)
+    if keras.backend.backend() == "tensorflow":  # Keras stores a variable there as a constant.
+        keras.models.load_model(path)
+    else:
+        with pytest.raises(TypeError, match="Could not locate class 'LossWeight'"):
+            keras.models.load_model(path)
+    assert "keras_dwa" not in sys.modules
+
+
+def test_process_without_the_package_gets_the_model_uncompiled(tmp_path):
+    from common import dict_model, train
+
+    from keras_dwa import DynamicWeightAverage
+
+    model = dict_model()
+    train(model, DynamicWeightAverage(["easy", "hard"]))
+    model.save(tmp_path / "model.keras")
+    assert succeeds_in_a_new_process(load_without_the_package, tmp_path / "model.keras")

@@ -2,13 +2,11 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, ComputeLoss, TwoHeads, X, Y, check_run, dict_model, train
+from common import LOSSES, ComputeLoss, TwoHeads, X, Y, check_run, dict_model, train
 
 from keras_dwa import DynamicWeightAverage
 
@@ -29,27 +27,6 @@ def test_saved_model_loads_and_evaluates_to_the_same_numbers(dwa, tmp_path, make
     assert results.keys() == expected.keys()
     for key, value in expected.items():
         np.testing.assert_allclose(results[key], value, rtol=1e-6)
-
-
-LOAD = """
-import sys
-import keras
-keras.models.load_model(sys.argv[1], compile=False)
-keras.models.load_model(sys.argv[1])
-"""
-
-
-def test_process_without_the_package_gets_the_model_uncompiled(dwa, tmp_path):
-    model = dict_model()
-    train(model, dwa)
-    model.save(tmp_path / "model.keras")
-    command = [sys.executable, "-c", LOAD, tmp_path / "model.keras"]
-    process = subprocess.run(command, capture_output=True, text=True)
-    if BACKEND == "tensorflow":  # Keras stores a variable there as a constant.
-        assert process.returncode == 0, process.stderr
-    else:
-        assert "line 5" in process.stderr
-        assert "Could not locate class 'LossWeight'" in process.stderr
 
 
 def fit_on(model, dwa, *callbacks, epochs, initial_epoch=0):
