@@ -1,30 +1,40 @@
-"""The examples, in short, as a user starts them."""
+"""The examples, in short."""
 
-import os
 import re
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from common import BACKEND
+from processes import succeeds
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def run(name, epochs):
-    """The output of an example, by line."""
-    command = [sys.executable, EXAMPLES / name, "--epochs", str(epochs)]
-    finished = subprocess.run(command, env=os.environ, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout.splitlines()
+def call(script, epochs, output):
+    sys.path.insert(0, str(script.parent))
+    sys.argv = [str(script), "--epochs", str(epochs)]
+    with output.open("w") as sys.stdout:
+        runpy.run_path(str(script), run_name="__main__")
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A function that runs an example as a script, and returns its output by line."""
+
+    def run(name, epochs):
+        assert succeeds(call, EXAMPLES / name, epochs, tmp_path / "output")
+        return (tmp_path / "output").read_text().splitlines()
+
+    return run
 
 
 def numbers(line):
     return [float(number) for number in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", line)]
 
 
-def test_digits():
+def test_digits(run):
     lines = run("digits.py", 3)
     assert f"on {BACKEND}: 3 epochs" in lines[0]
     rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
@@ -38,7 +48,7 @@ def test_digits():
     assert all(len(numbers(cells[1])) == len(numbers(cells[2])) == 1 for cells in metrics)
 
 
-def test_custom_loop():
+def test_custom_loop(run):
     lines = run(f"custom_loop_{BACKEND}.py", 3)
     rows = [numbers(line) for line in lines]
     assert len(rows) == 3
@@ -49,7 +59,7 @@ def test_custom_loop():
     assert rows[2][0] < rows[0][0]
 
 
-def test_vae():
+def test_vae(run):
     rows = [numbers(line) for line in run("vae.py", 4)[1:]]
     assert len(rows) == 4
     for row in rows:
@@ -58,6 +68,6 @@ def test_vae():
     assert rows[3][4] < rows[0][4]
 
 
-def test_pinn_nears_the_exact_solution():
+def test_pinn_nears_the_exact_solution(run):
     (error,) = numbers(run("pinn.py", 100)[-1])
     assert error < 0.05

@@ -8,22 +8,16 @@ import numpy as np
 import pytest
 import run_to_kill
 from common import BACKEND, check_run
+from processes import FORK, succeeds
 
 from keras_dwa import DynamicWeightAverage
 
 SPAWN = multiprocessing.get_context("spawn")
-# Forked from a process that has imported Keras, which takes longest.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["keras"])
 
 
 def run(folder, save_freq, stop=None):
     folder.mkdir(exist_ok=True)
-    arguments = (folder, save_freq, stop)
-    process = FORK.Process(target=run_to_kill.train, args=arguments, daemon=True)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
+    assert succeeds(run_to_kill.train, folder, save_freq, stop)
 
 
 def run_and_kill(folder, save_freq, epoch, batch, context=FORK):

@@ -1,21 +1,10 @@
 """A process that has not imported the package yet."""
 
-import multiprocessing
 import sys
 
 import keras
 import pytest
-
-# Forked from a process that has imported Keras, which takes longest.
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["keras"])
-
-
-def succeeds_in_a_new_process(function, *args):
-    process = FORK.Process(target=function, args=args, daemon=True)
-    process.start()
-    process.join()
-    return process.exitcode == 0
+from processes import succeeds
 
 
 def import_the_package():
@@ -27,7 +16,7 @@ def import_the_package():
 
 
 def test_import_brings_in_keras_and_numpy_only():
-    assert succeeds_in_a_new_process(import_the_package)
+    assert succeeds(import_the_package)
 
 
 def load_without_the_package(path):
@@ -48,4 +37,4 @@ def test_process_without_the_package_gets_the_model_uncompiled(tmp_path):
     model = dict_model()
     train(model, DynamicWeightAverage(["easy", "hard"]))
     model.save(tmp_path / "model.keras")
-    assert succeeds_in_a_new_process(load_without_the_package, tmp_path / "model.keras")
+    assert succeeds(load_without_the_package, tmp_path / "model.keras")
