@@ -21,19 +21,13 @@ def install(session, *packages):
     session.install("-c", "constraints.txt", *packages)
 
 
-def run_suite(session, backend, *arguments):
+def run_tests(session, backend, *arguments):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     # The suite compiles far longer than it runs what is compiled.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    workers = ["-n", "2", "--dist", "worksteal"]
+    # A file is for one worker, since one block of the README builds on another.
+    workers = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
     session.run("pytest", *workers, *arguments, "tests", "keras_dwa", env=environment)
-
-
-def run_tests(session, backend, *arguments):
-    """The suite with the examples in short, the docstrings' code, and the README's."""
-    run_suite(session, backend, *arguments)
-    # One block of the README builds on another, so that it is for one worker.
-    session.run("pytest", "README.md", env={"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"})
 
 
 @nox.session
@@ -52,9 +46,9 @@ def types(session):
 @nox.session
 @nox.parametrize("backend", list(BACKENDS))
 def tests(session, backend):
-    """On each backend."""
+    """The suite with the examples in short, the docstrings' code, and the README's."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    run_tests(session, backend)
+    run_tests(session, backend, "README.md")
 
 
 @nox.session
@@ -62,7 +56,7 @@ def oldest(session):
     """On the oldest Keras that runs with today's JAX."""
     install(session, OLDEST_KERAS, *BACKENDS["jax"], *TEST_TOOLS, ".")
     others = ["tests/test_examples.py", "tests/test_export.py", "tests/test_tuner.py"]
-    run_suite(session, "jax", "--modes=default", *(f"--ignore={name}" for name in others))
+    run_tests(session, "jax", "--modes=default", *(f"--ignore={name}" for name in others))
 
 
 @nox.session(default=False)
@@ -74,7 +68,7 @@ def nightly(session, backend):
     session.run("pip", "uninstall", "--yes", "keras", silent=True)
     session.install("--pre", "--upgrade", "keras-nightly")
     session.install("--no-deps", ".")
-    run_tests(session, backend)
+    run_tests(session, backend, "README.md")
 
 
 @nox.session(default=False)
@@ -82,4 +76,4 @@ def nightly(session, backend):
 def every_mode(session, backend):
     """Every test in every mode, of which the default session runs a part."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    run_tests(session, backend, "--modes=every")
+    run_tests(session, backend, "--modes=every", "README.md")
