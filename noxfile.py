@@ -18,7 +18,8 @@ TEST_TOOLS += ["keras-tuner", "six"]  # The tuner imports six, and does not requ
 
 
 def install(session, *packages):
-    session.install("-c", "constraints.txt", *packages)
+    # What is imported is compiled then, which takes less than to compile all of it now.
+    session.install("--no-compile", "-c", "constraints.txt", *packages)
 
 
 def run_tests(session, backend, *arguments):
