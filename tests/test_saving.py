@@ -220,7 +220,7 @@ class Interrupt(keras.callbacks.Callback):
 
 
 def backed_up_run(tmp_path, way, order, *others):
-    """A run of six epochs that starts where the backup ends; returns its history."""
+    """A run of six epochs that starts where the backup ends."""
     keras.utils.set_random_seed(0)
     dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
     if way == "compile":
@@ -278,8 +278,8 @@ def test_weights_loaded_within_a_fit_are_not_warned_of(dwa, tmp_path):
     reloaded = []
     history = fit_on(compiled_model(dwa), dwa, Reload(), epochs=6)
     assert reloaded == [dwa.outputs]
-    first_two = {key: [values[0], *values[4:]] for key, values in history.items()}
-    check_run(first_two, dwa)
+    after_first = {key: [values[0], *values[4:]] for key, values in history.items()}
+    check_run(after_first, dwa)
 
 
 def test_callback_that_comes_in_later_starts_afresh_without_a_warning(dwa):
