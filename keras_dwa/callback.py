@@ -1,6 +1,7 @@
 """When the weights move: the callback."""
 
 import math
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from numbers import Real
@@ -13,7 +14,14 @@ from numpy.typing import NDArray
 from keras_dwa._keras_internals import track
 from keras_dwa.formula import check_temperature, dwa_weights, is_positive, undefined_rates
 from keras_dwa.loss_weights import LossWeight, LossWeights
-from keras_dwa.wiring import check_compiled, is_compiled_with
+from keras_dwa.wiring import (
+    check_callbacks,
+    check_compiled,
+    check_distribution,
+    check_log_names,
+    check_metrics,
+    is_compiled_with,
+)
 
 
 class DynamicWeightAverage(keras.callbacks.Callback):
@@ -41,6 +49,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     Callbacks that read these come after this one in the list.
 
     A model that the callback has not seen starts afresh; a second `fit` of the same model goes on.
+    One callback serves one model at a time: models that are trained in turn have one each.
     `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store the state with the model's.
     Pickled between two epochs, the callback keeps its state without its model, and goes on with the
     first one that it is given. A copy is the callback itself: the model that was compiled with its
@@ -56,7 +65,10 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
     Raises:
         ValueError: if a name, a base weight or the temperature is not as described; from `fit`,
-            if the model was not compiled with these weights, or its logs lack `<name>_loss`.
+            before the first step if the model was not compiled with these weights, after the first
+            if its logs lack `<name>_loss`, and after the third epoch at the latest if the weights
+            do not reach the loss.
+        RuntimeError: from `fit`, if the callback is in another one at the same time.
 
     Example:
 
@@ -83,6 +95,9 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
     """
 
+    # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.
+    async_safe = True
+
     def __init__(
         self,
         outputs: Sequence[str] | Mapping[str, float],
@@ -94,8 +109,10 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self.temperature = temperature
         self.verbose = verbose
         self._state = LossWeights(self.outputs)
+        self._thread: int | None = None
         self._warned_of_sign = False
-        self._is_new = self._is_first_epoch = False
+        self._is_new = self._is_start = False
+        self._has_batches = self._is_weighted_sum = False
 
     def __repr__(self) -> str:
         names: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
@@ -153,21 +170,19 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         """
         self._sync()
         state = self._state
-        message = None
+        messages = []
         if losses is None:
             losses = state.recorded_averages()
             if losses is None and state.called:
                 state.called = False
-                message = (
+                messages.append(
                     "`step` found nothing recorded, although the compound loss was called. In a "
                     "function under `jax.jit`, assign the variables that `stateless_call` returns "
                     "to `dwa.variables`; before `train_on_batch`, call `dwa.set_model(model)`."
                 )
         if losses is not None:
-            message = self._close_epoch(self._check_losses(losses))
-        if message is not None:
-            # Last, for a warning may be an error.
-            warnings.warn(message, stacklevel=2)
+            messages = self._close_epoch(self._check_losses(losses))
+        _warn(messages)
         return state.values()
 
     def reset(self) -> None:
@@ -175,6 +190,14 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self._sync()
         self._state.reset()
         self._warned_of_sign = self._is_new = False
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        if params is self.params:
+            raise ValueError(
+                f"`callbacks` has {self!r} more than once. Write\n"
+                "    model.fit(..., callbacks=[dwa])"
+            )
+        super().set_params(params)
 
     def set_model(self, model: keras.Model) -> None:
         weights = self._state.weights
@@ -184,61 +207,99 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         )
         if not self._state.in_logs:
             check_compiled(model, weights)
+        check_distribution(self._state)
+        former = self.model
         tracked = getattr(model, self._state.name, None) is self._state
-        if not tracked or model is not self.model:
-            self._attach(model)
-            unpickled = self.model is None and self._state.loaded
-            if not unpickled:
-                self.reset()
-            self._is_new = True
-            # Last, so that the next call does it all again if Ctrl-C comes before.
-            super().set_model(model)
+        if tracked and model is former:
+            return
+        self._attach(model)
+        unpickled = former is None and self._state.loaded
+        if not unpickled:
+            self.reset()
+        self._is_new = True
+        # Late, so that the next call does it all again if Ctrl-C comes before.
+        super().set_model(model)
+        if tracked and former is not None:
+            warnings.warn(
+                "DynamicWeightAverage comes back to a model after it was with another one, and "
+                "starts afresh. Models that are trained in turn need a callback each:\n"
+                f"    other_dwa = {self!r}\n"
+                "    other_model.compile(..., loss_weights=other_dwa.loss_weights)",
+                stacklevel=2,
+            )
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        self._is_first_epoch = True
+        check_callbacks(self.model, self.params)
+        self._thread = threading.get_ident()
+        self._is_start = True
+        self._is_weighted_sum = False
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        self._thread = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._check_one_fit()
         state = self._state
-        is_behind = self._is_first_epoch and epoch > state.epochs
+        messages = state.take_back()
+        is_behind = self._is_start and epoch > state.epochs
         is_new, is_loaded = self._is_new, state.loaded
-        self._is_first_epoch = self._is_new = state.loaded = False
+        self._has_batches = self._is_new = state.loaded = False
         epochs, state.epochs = state.epochs, epoch
         if is_behind and is_loaded:
-            warnings.warn(
+            messages.append(
                 f"Training goes on with epoch {epoch + 1}, but the file that was read knows of "
                 f"only {epochs} before it, as it was written before DynamicWeightAverage moved "
                 "the weights. For the next run, list the callback that writes it last:\n"
-                "    callbacks=[dwa, keras.callbacks.BackupAndRestore(...)]",
-                stacklevel=2,
+                "    callbacks=[dwa, keras.callbacks.BackupAndRestore(...)]"
             )
         elif is_behind and is_new:
-            warnings.warn(
+            messages.append(
                 f"Training begins with epoch {epoch + 1}, but DynamicWeightAverage starts afresh. "
                 "To go on with the state in a weights file, call `dwa.set_model(model)` before "
                 "`model.load_weights(...)`. To start here, call `dwa.set_model(model)` and "
-                "`dwa.reset()` before `fit`.",
-                stacklevel=2,
+                "`dwa.reset()` before `fit`."
             )
+        _warn(messages)
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        if batch > 0:
+            self._check_start()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        # Called beside the next batches: the model, and on JAX its variables, are theirs.
+        if not self._has_batches:
+            self._check_logs(logs or {})
+            self._has_batches = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._check_one_fit()
         logs = {} if logs is None else logs
-        self._check_one_way()
+        if not self._has_batches:
+            # Keras on JAX then puts back the variables' values of an epoch before.
+            self._state.take_back()
+            _warn([f"DynamicWeightAverage holds the loss weights: epoch {epoch + 1} had no batch."])
+            return
+        self._check_start()
         losses, weights = self._losses_of(logs), self._state.values()
-        added = {f"{name}_weight": weight for name, weight in weights.items()}
-        added["base_loss"] = self._base_loss(logs["loss"], losses, weights)
-        if "val_loss" in logs:
-            val_losses = self._losses_of(logs, prefix="val_")
-            added["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
-        if taken := [key for key in added if key in logs]:
-            raise ValueError(
-                f"`logs` has {taken} already, where DynamicWeightAverage would write. Give the "
-                "output or metric another name, and the callback to `fit` once only."
-            )
-        logs.update(added)
+        logs.update({f"{name}_weight": weight for name, weight in weights.items()})
+        logs["base_loss"] = self._base_loss(logs["loss"], losses, weights)
+        self._check_effect(logs["loss"], losses, weights)
         new_weights = self.step(losses)
         if self.verbose > 0:
             shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())
             print(f"\nEpoch {epoch + 1}: DynamicWeightAverage setting loss weights to {shown}.")
+        if "val_loss" not in logs:
+            return
+        if missing := self._missing(logs, "val_"):
+            warnings.warn(
+                f"DynamicWeightAverage adds no `val_base_loss`: the logs lack {missing}. A "
+                "`test_step` of your own must return\n"
+                "    self.compute_metrics(x, y, y_pred, sample_weight)",
+                stacklevel=2,
+            )
+            return
+        val_losses = self._losses_of(logs, "val_")
+        logs["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
 
     def _sync(self) -> None:
         # On JAX, a model's variables have no value while an epoch runs; `Callback.model` puts them
@@ -264,7 +325,20 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 "in which JAX would freeze them. Return `[*super().metrics, ...]` from it."
             )
 
-    def _check_one_way(self) -> None:
+    def _check_one_fit(self) -> None:
+        if self._thread != threading.get_ident():
+            raise RuntimeError(
+                f"{self!r} was used by another `fit` at the same time, within another callback or "
+                "in another thread; or `on_train_begin` was not called. Make a callback for each "
+                "model, and in a loop of your own call\n    dwa.step({name: average, ...})"
+            )
+
+    def _check_start(self) -> None:
+        """Once a batch is done, since TensorFlow builds the losses in it: how they are used."""
+        if not self._is_start:
+            return
+        self._is_start = False
+        check_metrics(self.model, self._state)
         called = self._state.recorded_averages() is not None
         if self._state.in_logs and not called:
             raise ValueError(
@@ -286,17 +360,18 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
         return np.array([_as_float(name, losses[name]) for name in self.outputs])
 
-    def _close_epoch(self, averages: NDArray[np.float64]) -> str | None:
+    def _close_epoch(self, averages: NDArray[np.float64]) -> list[str]:
         """Moves the state on; returns what there is to warn of."""
         state = self._state
         epochs = state.epochs + 1
+        messages = state.take_back()
         epoch_losses, lambdas, message = self._next(averages, epochs)
         # Assigned even where they stay: on JAX, Keras 3.10 compiles the step once more when a
         # variable of the model is assigned between epochs for the first time.
         held = np.array(list(state.values().values()))
         weights = held if lambdas is None else state.base_weights * lambdas
         state.update(weights, epoch_losses, epochs)
-        return message
+        return messages if message is None else [*messages, message]
 
     def _next(
         self, averages: NDArray[np.float64], epochs: int
@@ -332,18 +407,54 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         pairs = zip(self.outputs, values.tolist(), affected, strict=True)
         return ", ".join(f"{name!r} ({value})" for name, value, named in pairs if named)
 
-    def _losses_of(self, logs: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+    def _loss_keys(self, logs: Mapping[str, float], prefix: str) -> list[str]:
         keys = [f"{prefix}{name}_loss" for name in self.outputs]
-        if len(keys) == 1 and keys[0] not in logs:
-            keys = [f"{prefix}loss"]  # Keras logs the loss of a single output as `loss` alone.
-        missing = [key for key in [f"{prefix}loss", *keys] if key not in logs]
-        if missing:
+        # Keras logs the loss of a single output as `loss` alone.
+        return [f"{prefix}loss"] if len(keys) == 1 and keys[0] not in logs else keys
+
+    def _missing(self, logs: Mapping[str, float], prefix: str = "") -> list[str]:
+        keys = [f"{prefix}loss", *self._loss_keys(logs, prefix)]
+        return [key for key in keys if key not in logs]
+
+    def _losses_of(self, logs: Mapping[str, float], prefix: str = "") -> dict[str, float]:
+        keys = self._loss_keys(logs, prefix)
+        return {name: float(logs[key]) for name, key in zip(self.outputs, keys, strict=True)}
+
+    def _check_logs(self, logs: Mapping[str, float]) -> None:
+        if missing := self._missing(logs):
             raise ValueError(
                 f"`logs` lacks {missing}, which DynamicWeightAverage needs. It has {list(logs)}. "
-                "Name the outputs as in the logs (without `_loss`); a `train_step` or `test_step` "
-                "of your own must return `self.compute_metrics(x, y, y_pred, sample_weight)`."
+                "Name the outputs as in the logs (without `_loss`). A `train_step` of your own "
+                "must return\n    self.compute_metrics(x, y, y_pred, sample_weight)\nand a "
+                "`compute_loss` of your own start from\n    loss = super().compute_loss(x, y, "
+                "y_pred, sample_weight, training)\nor call a keras_dwa.CompoundLoss, with "
+                "`compile` without a loss."
             )
-        return {name: float(logs[key]) for name, key in zip(self.outputs, keys, strict=True)}
+        ours = [*(f"{name}_weight" for name in self.outputs), "base_loss", "val_base_loss"]
+        if taken := [key for key in ours if key in logs]:
+            raise ValueError(
+                f"`logs` has {taken} already, where DynamicWeightAverage would write. Give that "
+                "metric another name."
+            )
+
+    def _check_effect(
+        self, total: float, losses: Mapping[str, float], weights: Mapping[str, float]
+    ) -> None:
+        """Raises if the loss was the weighted sum, and stays that under the base weights."""
+        weighted = sum(weights[name] * losses[name] for name in losses)
+        static = sum(self.outputs[name] * losses[name] for name in losses)
+        was_weighted_sum = self._is_weighted_sum
+        self._is_weighted_sum = math.isclose(total, weighted, rel_tol=1e-5)
+        is_static = not self._is_weighted_sum and math.isclose(total, static, rel_tol=1e-5)
+        if was_weighted_sum and is_static:
+            raise ValueError(
+                f"The weights do not reach the loss: it was {total}, the sum under the base "
+                f"weights, although the weights were {dict(weights)}. A `compute_loss` of your own "
+                "must return what it computes from\n"
+                "    super().compute_loss(x, y, y_pred, sample_weight, training)\n"
+                "or from a keras_dwa.CompoundLoss; a `train_step`, apply the gradient of "
+                "`self.compute_loss(...)`."
+            )
 
     def _base_loss(
         self, total: float, losses: Mapping[str, float], weights: Mapping[str, float]
@@ -354,6 +465,12 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             (base_weight - weights[name]) * losses[name]
             for name, base_weight in self.outputs.items()
         )
+
+
+def _warn(messages: list[str]) -> None:
+    # Called last, for a warning may be an error.
+    if messages:
+        warnings.warn("\n".join(messages), stacklevel=3)
 
 
 def _as_float(name: str, loss: Any) -> float:
@@ -388,6 +505,7 @@ def _check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, fl
                 "A base weight must be a finite number > 0, and stay so in "
                 f"{keras.config.floatx()}. Found {base_weight!r} for {name!r}."
             )
+    check_log_names(names)
     return {name: float(base_weight) for name, base_weight in base_weights.items()}
 
 

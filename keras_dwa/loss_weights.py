@@ -26,6 +26,17 @@ class LossWeight(keras.Variable):
             name=f"{output}_weight".replace("/", "."),  # Keras keeps "/" for paths.
         )
 
+    @property
+    def value(self) -> Any:
+        try:
+            return super().value
+        except TypeError as error:
+            raise RuntimeError(
+                f"{self.name!r} has no value while an epoch runs, as Keras keeps it elsewhere on "
+                "JAX. Read it by `dwa.loss_weights`; for a second model that is trained meanwhile, "
+                "make a callback of its own."
+            ) from error
+
     def __float__(self) -> float:
         # By way of a tensor, since `float` of a variable under a tf.distribute strategy fails.
         return float(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(self)))
@@ -53,17 +64,20 @@ class LossWeights(keras.metrics.Metric):
         base_weights: float64 array of shape `(K,)`, in the order of `weights`.
         epoch_losses: the last averages known, oldest first: float64, shape `(0 to 2, K)`.
         epochs: how many epochs were closed: in `fit`, those that come before the current one.
+        assigned: the values that `weights` were given last, as floats, by output name.
         loaded: whether the state was read from a file, and no epoch has begun since.
         record: the sums of the K losses recorded since the last reset, then their number: a
             variable of shape `(K + 1,)`, float32 or wider. None until `start_recording`.
         called: whether `update_state` was called since the last epoch was closed, be it in a trace.
         in_logs: whether the recorded averages are the model's logs.
+        is_distributed: whether the variables were made under a `keras.distribution`.
     """
 
     def __init__(self, base_weights: Mapping[str, float]) -> None:
         super().__init__(name="dynamic_weight_average")
         self.weights = {name: LossWeight(value, name) for name, value in base_weights.items()}
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
+        self.is_distributed = keras.distribution.distribution() is not None
         self.record: Any = None
         self.in_logs = False
         self.reset()
@@ -96,6 +110,7 @@ class LossWeights(keras.metrics.Metric):
         for variable, weight in zip(self.weights.values(), weights, strict=True):
             # An array, since TensorFlow keeps every Python number that it has ever converted.
             variable.assign(np.array(weight))
+        self.assigned = self.values()
         self.epoch_losses = epoch_losses
         self.epochs = epochs
         self.called = False
@@ -104,6 +119,22 @@ class LossWeights(keras.metrics.Metric):
     def values(self) -> dict[str, float]:
         """The weights as floats, by output name."""
         return {name: float(weight) for name, weight in self.weights.items()}
+
+    def take_back(self) -> list[str]:
+        """Puts back the weights that were assigned by hand; returns what there is to warn of."""
+        found = self.values()
+        own = {name: value for name, value in self.assigned.items() if found[name] != value}
+        if not own:
+            return []
+        for name, value in own.items():
+            self.weights[name].assign(np.array(value))
+        by_hand = {name: found[name] for name in own}
+        return [
+            f"DynamicWeightAverage found loss weights assigned by hand, {by_hand}, and goes on "
+            f"with its own, {own}. For weights of your own, give base weights,\n"
+            "    dwa = keras_dwa.DynamicWeightAverage({name: weight, ...})\n"
+            "or compile with numbers."
+        ]
 
     def start_recording(self) -> None:
         """Makes the variable that `update_state` records in."""

@@ -1,12 +1,13 @@
-"""Whether a model was compiled so that the loss weights reach the right losses."""
+"""Whether the loss weights reach the right losses, and the logs the right reader."""
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from keras_dwa._keras_internals import compiled_loss_weights
-from keras_dwa.loss_weights import LossWeight
+from keras_dwa.loss_weights import LossWeight, LossWeights
 
 
 def is_compiled_with(model: keras.Model, ours: Mapping[str, LossWeight]) -> bool:
@@ -61,6 +62,58 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
         raise ValueError(
             f"`loss_weights={loss_weights}` must have the structure of `loss`, and each loss its "
             f"own weight. Compile with\n    loss_weights={_loss_weights_like(loss)}"
+        )
+
+
+def check_distribution(state: LossWeights) -> None:
+    """Raises a ValueError if JAX would refuse the weights together with a distributed model."""
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() == "jax" and distribution is not None and not state.is_distributed:
+        raise ValueError(
+            f"The callback was made before the distribution was set. Found {distribution}. Write\n"
+            "    keras.distribution.set_distribution(...)\n"
+            f"    dwa = keras_dwa.DynamicWeightAverage({list(state.weights)})"
+        )
+
+
+def check_log_names(names: Sequence[str]) -> None:
+    """Raises a ValueError if two logs of outputs with these names would have the same key."""
+    keys = Counter(["loss", "val_loss", "base_loss", "val_base_loss"])
+    keys.update(f"{prefix}{name}_loss" for name in names for prefix in ("", "val_"))
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(
+            f"The logs of outputs with these names would have {twice} twice: Keras logs "
+            "`<name>_loss` and `val_<name>_loss`, and DynamicWeightAverage `base_loss`. Rename an "
+            f"output. Found {list(names)}."
+        )
+
+
+def check_metrics(model: keras.Model, state: LossWeights) -> None:
+    """Raises a ValueError if the logs of an output's loss would be those of another metric."""
+    keys = Counter(metric.name for metric in model.metrics)
+    # One is Keras's own for a loss in `compile`; a compound loss has `state`, of another name.
+    expected = 0 if state.in_logs else 1
+    if taken := [key for name in state.weights if keys[key := f"{name}_loss"] > expected]:
+        raise ValueError(
+            f"`model` has other metrics named {taken}, which would replace the outputs' losses in "
+            f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')\n"
+            "Or, if they are losses in `compile` as well as in a compound loss, use one way only:\n"
+            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+        )
+
+
+def check_callbacks(model: keras.Model, params: Any) -> None:
+    """Raises a ValueError if `History` is in the list of callbacks before this one."""
+    history = getattr(model, "history", None)
+    # `History.on_train_begin` empties `epoch`; before it there is none, or that of a former `fit`.
+    if (
+        isinstance(history, keras.callbacks.History)
+        and history.params is params
+        and getattr(history, "epoch", None) == []
+    ):
+        raise ValueError(
+            "`History` is in the list of callbacks before DynamicWeightAverage, so that it would "
+            "lack the weights. Write\n    model.fit(..., callbacks=[dwa, history])"
         )
 
 

@@ -92,8 +92,10 @@ class ComputeLoss(TwoHeads):
         return self.compound(y, y_pred, sample_weight)
 
 
-def train(model, dwa, x=X, y=Y, *, loss=LOSSES, epochs=3, optimizer=None, mode=None, **fit):
-    """Compiles and fits as a user would; returns the history's dict."""
+def train(
+    model, dwa, x=X, y=Y, *, loss=LOSSES, epochs=3, optimizer=None, mode=None, others=(), **fit
+):
+    """Compiles and fits as a user would, with `others` as callbacks; returns the history's dict."""
     if y is not None:
         fit.setdefault("batch_size", 8)
     model.compile(
@@ -102,7 +104,18 @@ def train(model, dwa, x=X, y=Y, *, loss=LOSSES, epochs=3, optimizer=None, mode=N
         loss_weights=dwa.loss_weights,
         **(mode or {}),
     )
-    return model.fit(x, y, epochs=epochs, verbose=0, callbacks=[dwa], **fit).history
+    return model.fit(x, y, epochs=epochs, verbose=0, callbacks=[dwa, *others], **fit).history
+
+
+def joined(*histories):
+    """The history of several fits as one."""
+    return {key: [value for h in histories for value in h[key]] for key in histories[0]}
+
+
+def our_messages(warned):
+    """The texts of our warnings among those that `pytest.warns` recorded."""
+    messages = [str(warning.message) for warning in warned]
+    return [message for message in messages if "DynamicWeightAverage" in message]
 
 
 def expected_weights(history, dwa, temperature):

@@ -5,7 +5,6 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, X, Y, dict_model, heads, train
 
 from keras_dwa import DynamicWeightAverage
 
@@ -47,175 +46,16 @@ def test_temperature_must_be_finite_and_positive(dwa, temperature):
         # Twice this weight is infinite in float32, and this one is 0.
         ({"a": 2e38, "b": 1.0}, "stay so in float32. Found 2e+38 for 'a'"),
         ({"a": 1e-60}, "stay so in float32. Found 1e-60 for 'a'"),
+        # Names whose logs would have one key twice.
+        (["x", "base"], "would have ['base_loss', 'val_base_loss'] twice"),
+        (["val", "x"], "would have ['val_loss'] twice"),
+        (["x", "val_base"], "would have ['val_base_loss'] twice"),
+        (["x", "val_x"], "would have ['val_x_loss'] twice"),
     ],
 )
 def test_outputs_must_be_different_names_with_finite_positive_base_weights(outputs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         DynamicWeightAverage(outputs)
-
-
-def compiled(model, loss, loss_weights):
-    model.compile(optimizer="sgd", loss=loss, loss_weights=loss_weights)
-    return model
-
-
-def list_model():
-    inputs, outputs = heads()
-    return keras.Model(inputs, [outputs["hard"], outputs["easy"]])
-
-
-def check_refused(model, dwa, message, y=Y):
-    """`fit` raises before the first step."""
-    before = model.get_weights()
-    with pytest.raises(ValueError, match=re.escape(message)):
-        model.fit(X, y, verbose=0, callbacks=[dwa])
-    for old, new in zip(before, model.get_weights(), strict=True):
-        np.testing.assert_array_equal(old, new)
-
-
-TO_WRITE = "model.compile(..., loss={'easy': ..., 'hard': ...}, loss_weights=dwa.loss_weights)"
-
-
-def test_model_compiled_without_loss_weights_is_refused(dwa):
-    message = f"Found `loss_weights=None`. Write\n    {TO_WRITE}"
-    check_refused(compiled(dict_model(), LOSSES, None), dwa, message)
-
-
-def test_model_compiled_with_plain_floats_is_refused(dwa):
-    weights = {"easy": 1.0, "hard": 2.0}
-    message = f"Found `loss_weights={weights}`. Write\n    {TO_WRITE}"
-    check_refused(compiled(dict_model(), LOSSES, weights), dwa, message)
-
-
-def test_model_compiled_with_another_callbacks_weights_is_refused(dwa):
-    other = DynamicWeightAverage(["easy", "hard"])
-    check_refused(compiled(dict_model(), LOSSES, other.loss_weights), dwa, TO_WRITE)
-
-
-def test_model_compiled_without_a_loss_is_refused(dwa):
-    model = dict_model()
-    model.compile(optimizer="sgd")
-    with pytest.raises(
-        ValueError, match="compiled without a loss. Write\n" + re.escape(f"    {TO_WRITE}")
-    ):
-        dwa.set_model(model)
-
-
-def test_model_compiled_anew_without_the_weights_is_refused(dwa):
-    model = dict_model()
-    train(model, dwa, epochs=1)
-    check_refused(compiled(model, LOSSES, None), dwa, TO_WRITE)
-
-
-def test_list_of_losses_is_refused_with_the_dict_to_write(dwa):
-    model = compiled(list_model(), ["mae", "mse"], dwa.loss_weights)
-    message = (
-        "`loss` as a list, which Keras pairs with `loss_weights` in alphabetical order of the "
-        "names. Compile with a dict (a subclassed model must return one, too):\n"
-        "    model.compile(..., loss={'hard': ..., 'easy': ...}, loss_weights=dwa.loss_weights)"
-    )
-    check_refused(model, dwa, message, [Y["hard"], Y["easy"]])
-
-
-def test_one_loss_for_all_outputs_is_refused():
-    dwa = DynamicWeightAverage(["easy"])
-    model = compiled(dict_model(), "mse", dwa.loss_weights)
-    check_refused(
-        model, dwa, "one loss, 'mse', for all its outputs. Compile with a dict:\n    model"
-    )
-
-
-def test_other_names_than_the_losses_are_refused():
-    dwa = DynamicWeightAverage(["easy", "heavy"])
-    message = (
-        "losses for ['easy', 'hard'], but the callback has the outputs ['easy', 'heavy']. Write\n"
-        f"    dwa = keras_dwa.DynamicWeightAverage(['easy', 'hard'])\n    {TO_WRITE}"
-    )
-    check_refused(compiled(dict_model(), LOSSES, dwa.loss_weights), dwa, message)
-
-
-@pytest.mark.parametrize("names", [["easy"], ["easy", "hard", "third"]])
-def test_too_few_or_too_many_names_are_refused(names):
-    dwa = DynamicWeightAverage(names)
-    message = "the callback has the outputs"
-    if BACKEND != "tensorflow":
-        # Keras counts losses and weights before it shows the model to a callback.
-        message = f"must match the number of losses, got 2 losses and {len(names)} weights"
-    check_refused(compiled(dict_model(), LOSSES, dwa.loss_weights), dwa, message)
-
-
-def test_weights_swapped_by_hand_are_refused(dwa):
-    swapped = {"easy": dwa.loss_weights["hard"], "hard": dwa.loss_weights["easy"]}
-    to_write = "loss_weights={'easy': dwa.loss_weights['easy'], 'hard': dwa.loss_weights['hard']}"
-    check_refused(compiled(dict_model(), LOSSES, swapped), dwa, to_write)
-
-
-def test_flat_weights_of_nested_losses_are_refused_with_the_structure_to_write():
-    inputs, outputs = heads()
-    # Flattened, "a" comes before "a-b"; as paths, "a-b" comes before "a/easy".
-    model = keras.Model(inputs, {"a": {"easy": outputs["easy"]}, "a-b": outputs["hard"]})
-    targets = {"a": {"easy": Y["easy"]}, "a-b": Y["hard"]}
-    losses = {"a": {"easy": "mse"}, "a-b": "mae"}
-    dwa = DynamicWeightAverage(["a/easy", "a-b"])
-    to_write = (
-        "loss_weights={'a': {'easy': dwa.loss_weights['a/easy']}, 'a-b': dwa.loss_weights['a-b']}"
-    )
-    check_refused(compiled(model, losses, dwa.loss_weights), dwa, to_write, targets)
-
-
-def test_list_of_weights_is_refused(dwa):
-    # Keras pairs it with the outputs in the model's order, not in that of the loss dict.
-    weights = [dwa.loss_weights["easy"], dwa.loss_weights["hard"]]
-    model = compiled(list_model(), LOSSES, weights)
-    to_write = "loss_weights={'easy': dwa.loss_weights['easy'], 'hard': dwa.loss_weights['hard']}"
-    check_refused(model, dwa, to_write, [Y["hard"], Y["easy"]])
-
-
-class OwnMetrics(keras.Model):
-    @property
-    def metrics(self):
-        return []
-
-
-def test_metrics_that_hide_the_weights_from_the_step_are_refused(dwa):
-    model = compiled(OwnMetrics(*heads()), LOSSES, dwa.loss_weights)
-    check_refused(model, dwa, "`OwnMetrics.metrics` hides the loss weights")
-
-
-def test_attribute_that_is_taken_is_refused(dwa):
-    model = compiled(dict_model(), LOSSES, dwa.loss_weights)
-    model.dynamic_weight_average = "mine"
-    check_refused(model, dwa, "`model.dynamic_weight_average` is taken")
-    assert model.dynamic_weight_average == "mine"
-
-
-def test_same_callback_twice_is_an_error(dwa):
-    model = compiled(dict_model(), LOSSES, dwa.loss_weights)
-    with pytest.raises(ValueError, match=r"\['easy_weight'.* already.* to `fit` once only"):
-        model.fit(X, Y, verbose=0, callbacks=[dwa, dwa])
-
-
-def test_output_whose_loss_would_be_overwritten_is_an_error():
-    inputs, outputs = heads()
-    model = keras.Model(inputs, {"base": outputs["easy"], "hard": outputs["hard"]})
-    dwa = DynamicWeightAverage(["base", "hard"])
-    compiled(model, {"base": "mse", "hard": "mae"}, dwa.loss_weights)
-    with pytest.raises(ValueError, match=r"`logs` has \['base_loss'\] already"):
-        model.fit(X, {"base": Y["easy"], "hard": Y["hard"]}, verbose=0, callbacks=[dwa])
-
-
-def test_logs_without_an_outputs_loss_are_refused(dwa):
-    class OwnStep(keras.Model):
-        def get_metrics_result(self):
-            results = super().get_metrics_result()
-            return {"loss": results["loss"], "mine": results["easy_loss"]}
-
-    model = compiled(OwnStep(*heads()), LOSSES, dwa.loss_weights)
-    message = (
-        r"lacks \['easy_loss', 'hard_loss'\].*It has \['loss', 'mine'\].*self\.compute_metrics"
-    )
-    with pytest.raises(ValueError, match=message):
-        model.fit(X, Y, verbose=0, callbacks=[dwa])
 
 
 @pytest.mark.parametrize(

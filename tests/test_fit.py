@@ -103,7 +103,8 @@ def test_weight_of_zero_within_an_epoch_stops_the_gradient_of_the_next_step(mode
             kernels.append(self.model.get_layer("hard").get_weights()[0])
 
     model.compile(optimizer="sgd", loss=LOSSES, loss_weights=dwa.loss_weights, **mode)
-    model.fit(X, Y, batch_size=4, verbose=0, callbacks=[dwa, Silence()])
+    with pytest.warns(UserWarning, match="by hand"):
+        model.fit(X, Y, batch_size=4, verbose=0, callbacks=[dwa, Silence()])
     assert len(kernels) > 1
     np.testing.assert_array_equal(kernels[0], kernels[-1])
 
