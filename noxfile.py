@@ -14,7 +14,12 @@ BACKENDS = {
     "torch": ["torch==2.13.0", "torchjd==0.18.0", "onnx", "onnxscript", "jax==0.10.2"],
 }
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "sybil", "scikit-learn", "cloudpickle"]
-TEST_TOOLS += ["keras-tuner", "six"]  # The tuner imports six, and does not require it.
+TEST_TOOLS += [
+    "coverage",
+    "keras-tuner",
+    "mpmath",
+    "six",
+]  # The tuner imports six, and does not require it.
 
 
 def install(session, *packages):
@@ -79,3 +84,13 @@ def every_mode(session, backend):
     """Every test in every mode, of which the default session runs a part."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
     run_tests(session, backend, "--modes=every", "README.md")
+
+
+@nox.session(default=False)
+@nox.parametrize("backend", list(BACKENDS))
+def properties(session, backend):
+    """The properties of the formula and of whole histories, on 100,000 examples of each."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
+    arguments = ("--hypothesis-profile=many", "--hypothesis-show-statistics")
+    session.run("pytest", "-n", "2", *arguments, "tests/test_properties.py", env=environment)

@@ -3,6 +3,7 @@ import os
 # Two devices on one CPU, for the tests of distribution. JAX reads this when it is imported.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
 
+import hypothesis
 import keras
 import pytest
 from common import BACKEND, MODES, forget_compiled_torch, mode_of
@@ -14,6 +15,12 @@ if BACKEND == "tensorflow":
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     # The suite traces far longer than it runs what is traced.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+
+# The same examples in every run; `nox -s properties` searches for others.
+hypothesis.settings.register_profile("default", max_examples=300, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("many", max_examples=100_000, deadline=None)
+hypothesis.settings.load_profile("default")
 
 
 @pytest.fixture(params=MODES)

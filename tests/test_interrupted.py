@@ -150,3 +150,20 @@ def test_ctrl_c_at_any_line_of_the_start_leaves_nothing_of_the_former_model(dwa)
         dwa.set_model(model)
         assert dwa.step() == {"easy": 1.0, "hard": 1.0}
         assert dwa.step({"easy": 1.0, "hard": 2.0}) == {"easy": 1.0, "hard": 1.0}
+
+
+def test_update_that_ctrl_c_interrupts_is_made_whole(dwa):
+    class Interrupted(list):
+        times = 0
+
+        def __iter__(self):
+            for value in super().__iter__():
+                yield value
+                self.times += 1
+                if self.times == 1:
+                    raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        dwa._state.update(Interrupted([0.5, 1.5]), np.ones((1, 2)), epochs=7)
+    assert dwa.step() == {"easy": 0.5, "hard": 1.5}
+    assert (dwa._state.epochs, dwa._state.epoch_losses.tolist()) == (7, [[1.0, 1.0]])

@@ -53,12 +53,12 @@ def test_base_loss_of_an_epoch_that_overflowed_is_as_the_loss(dwa):
     logs = {"loss": float("inf"), "easy_loss": float("inf"), "hard_loss": 1.0}
     model = dict_model()
     model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
-    callbacks = keras.callbacks.CallbackList([dwa], model=model)
-    callbacks.on_train_begin()
-    callbacks.on_epoch_begin(0)
-    callbacks.on_train_batch_end(0, logs)
+    dwa.set_model(model)
+    dwa.on_train_begin()
+    dwa.on_epoch_begin(0)
+    dwa.on_train_batch_end(0, logs)
     with pytest.warns(UserWarning, match="easy"):
-        callbacks.on_epoch_end(0, logs)
+        dwa.on_epoch_end(0, logs)
     assert logs["base_loss"] == float("inf")
 
 
