@@ -1,5 +1,7 @@
 """`nox` runs everything that is checked; `nox --list` shows what runs only on demand."""
 
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2024.4.15"
@@ -27,13 +29,16 @@ def install(session, *packages):
     session.install("--no-compile", "-c", "constraints.txt", *packages)
 
 
-def run_tests(session, backend, *arguments):
+def run_tests(session, backend, *arguments, runner=("pytest",)):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    # The suite compiles far longer than it runs what is compiled.
+    # The suite compiles far longer than it runs what is compiled, and much of it more than once.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
+    environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.absolute() / "jax")
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["COVERAGE_FILE"] = f".coverage.{backend}"
     # A file is for one worker, since one block of the README builds on another.
     workers = ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
-    session.run("pytest", *workers, *arguments, "tests", "keras_dwa", env=environment)
+    session.run(*runner, *workers, *arguments, "tests", "keras_dwa", env=environment)
 
 
 @nox.session
@@ -54,14 +59,24 @@ def types(session):
 def tests(session, backend):
     """The suite with the examples in short, the docstrings' code, and the README's."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    run_tests(session, backend, "README.md")
+    for stale in Path().glob(f".coverage.{backend}.*"):
+        stale.unlink()
+    run_tests(session, backend, "README.md", runner=("coverage", "run", "-m", "pytest"))
+
+
+@nox.session
+def coverage(session):
+    """Every branch of the package runs in the tests of one backend or another."""
+    install(session, "coverage")
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
 
 
 @nox.session
 def oldest(session):
-    """On the oldest Keras that runs with today's JAX."""
+    """On the oldest Keras that runs with today's JAX: what depends on Keras."""
     install(session, OLDEST_KERAS, *BACKENDS["jax"], *TEST_TOOLS, ".")
-    others = ("examples", "export", "killed", "tuner")
+    others = ("examples", "export", "formula", "killed", "odd_losses", "properties", "tuner")
     ignored = (f"--ignore=tests/test_{name}.py" for name in others)
     run_tests(session, "jax", "--modes=default", *ignored)
 

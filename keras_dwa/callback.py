@@ -232,7 +232,6 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         check_callbacks(self.model, self.params)
         self._thread = threading.get_ident()
         self._is_start = True
-        self._is_weighted_sum = False
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self._thread = None
@@ -283,7 +282,8 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         losses, weights = self._losses_of(logs), self._state.values()
         logs.update({f"{name}_weight": weight for name, weight in weights.items()})
         logs["base_loss"] = self._base_loss(logs["loss"], losses, weights)
-        self._check_effect(logs["loss"], losses, weights)
+        if weights == self._state.assigned:
+            self._check_effect(logs["loss"], losses, weights)
         new_weights = self.step(losses)
         if self.verbose > 0:
             shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())

@@ -241,24 +241,25 @@ def compute_loss_of_its_own():
     fit(compiled(OwnLoss(), dwa.loss_weights), dwa)
 
 
-def compute_loss_that_ignores_the_weights():
-    class Unweighted(TwoHeads):
-        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-            super().compute_loss(x, y, y_pred, sample_weight)
-            return unweighted(y, y_pred)
+class Unweighted(TwoHeads):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        super().compute_loss(x, y, y_pred, sample_weight)
+        return unweighted(y, y_pred)
 
+
+def compute_loss_that_ignores_the_weights():
     dwa = new()
     fit(compiled(Unweighted(), dwa.loss_weights), dwa)
 
 
 def compute_loss_that_ignores_the_compound_loss():
-    class Unweighted(ComputeLoss):
+    class Ignored(ComputeLoss):
         def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
             super().compute_loss(x, y, y_pred, sample_weight)
             return unweighted(y, y_pred)
 
     dwa = new()
-    model = Unweighted(dwa)
+    model = Ignored(dwa)
     model.compile("sgd")
     fit(model, dwa)
 
@@ -478,6 +479,24 @@ def test_metric_of_an_output_leaves_its_loss_alone():
     model, dwa = dict_model(), new()
     metrics = {"easy": keras.metrics.MeanAbsoluteError(name="loss")}
     check_run(fit(compiled(model, dwa.loss_weights, metrics=metrics), dwa), dwa)
+
+
+def test_logs_are_checked_beside_the_batches():
+    # As Keras runs the callback where none waits for each batch.
+    dwa = new()
+    metrics = {"easy": keras.metrics.MeanAbsoluteError(name="weight")}
+    model = compiled(dict_model(), dwa.loss_weights, metrics=metrics)
+    with pytest.raises(ValueError, match="'easy_weight'"):
+        model.fit(X, Y, epochs=5, verbose=0, callbacks=[dwa])
+
+
+def test_weights_that_do_not_reach_the_loss_are_found_over_several_fits():
+    dwa = new()
+    model = compiled(Unweighted(), dwa.loss_weights)
+    for _ in range(2):
+        fit(model, dwa, epochs=1)
+    with pytest.raises(ValueError, match="do not reach the loss"):
+        fit(model, dwa, epochs=1)
 
 
 def test_forgotten_callback_leaves_no_weights_in_the_logs():
