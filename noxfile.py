@@ -109,3 +109,14 @@ def properties(session, backend):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     arguments = ("--hypothesis-profile=many", "--hypothesis-show-statistics")
     session.run("pytest", "-n", "2", *arguments, "tests/test_properties.py", env=environment)
+
+
+@nox.session(default=False)
+@nox.parametrize("backend", ["torch", "jax"])
+def mutants(session, backend):
+    """Which changes of the code no test notices; `[tool.mutmut]` says where. Over an hour."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "mutmut", "mypy", ".")
+    # One thread in each of the forked processes.
+    session.env.update({"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"})
+    session.run("mutmut", "run", "--max-children", "2", *session.posargs)
+    session.run("mutmut", "results")

@@ -15,9 +15,9 @@ from keras_dwa._keras_internals import track
 from keras_dwa.formula import check_temperature, dwa_weights, is_positive, undefined_rates
 from keras_dwa.loss_weights import LossWeight, LossWeights
 from keras_dwa.wiring import (
-    check_callbacks,
     check_compiled,
     check_distribution,
+    check_history,
     check_log_names,
     check_metrics,
     is_compiled_with,
@@ -66,8 +66,8 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     Raises:
         ValueError: if a name, a base weight or the temperature is not as described; from `fit`,
             before the first step if the model was not compiled with these weights, after the first
-            if its logs lack `<name>_loss`, and after the third epoch at the latest if the weights
-            do not reach the loss.
+            if its logs lack `<name>_loss`, and after the third epoch if the weights moved and the
+            loss is still the sum under the base weights.
         RuntimeError: from `fit`, if the callback is in another one at the same time.
 
     Example:
@@ -229,7 +229,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        check_callbacks(self.model, self.params)
+        check_history(self.model, self.params)
         self._thread = threading.get_ident()
         self._is_start = True
 
@@ -368,7 +368,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         epoch_losses, lambdas, message = self._next(averages, epochs)
         # Assigned even where they stay: on JAX, Keras 3.10 compiles the step once more when a
         # variable of the model is assigned between epochs for the first time.
-        held = np.array(list(state.values().values()))
+        held = np.array(list(state.assigned.values()))
         weights = held if lambdas is None else state.base_weights * lambdas
         state.update(weights, epoch_losses, epochs)
         return messages if message is None else [*messages, message]

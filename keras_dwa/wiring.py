@@ -93,16 +93,21 @@ def check_metrics(model: keras.Model, state: LossWeights) -> None:
     keys = Counter(metric.name for metric in model.metrics)
     # One is Keras's own for a loss in `compile`; a compound loss has `state`, of another name.
     expected = 0 if state.in_logs else 1
-    if taken := [key for name in state.weights if keys[key := f"{name}_loss"] > expected]:
+    taken = [key for name in state.weights if keys[key := f"{name}_loss"] > expected]
+    if taken and state.in_logs:
+        raise ValueError(
+            f"`model` has metrics named {taken}, which would replace the losses that the compound "
+            "loss logs by itself. Leave them out; or, for losses in `compile`, write\n"
+            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+        )
+    if taken:
         raise ValueError(
             f"`model` has other metrics named {taken}, which would replace the outputs' losses in "
-            f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')\n"
-            "Or, if they are losses in `compile` as well as in a compound loss, use one way only:\n"
-            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+            f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')"
         )
 
 
-def check_callbacks(model: keras.Model, params: Any) -> None:
+def check_history(model: keras.Model, params: Any) -> None:
     """Raises a ValueError if `History` is in the list of callbacks before this one."""
     history = getattr(model, "history", None)
     # `History.on_train_begin` empties `epoch`; before it there is none, or that of a former `fit`.

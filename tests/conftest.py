@@ -17,8 +17,9 @@ if BACKEND == "tensorflow":
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
 
-# The same examples in every run; `nox -s properties` searches for others.
+# The same examples in every run; `nox -s properties` searches many others, `mutants` has few.
 hypothesis.settings.register_profile("default", max_examples=300, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("few", max_examples=30, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("many", max_examples=100_000, deadline=None)
 hypothesis.settings.load_profile("default")
 

@@ -408,7 +408,7 @@ MISWIRINGS = [
     (metrics_that_hide_the_weights, EVERY, NOT_AT_ALL, "`OwnMetrics.metrics`", "*super().metrics"),
     (attribute_that_is_taken, EVERY, NOT_AT_ALL, "`model.dynamic_weight_average`", "'mine'"),
     (metric_that_replaces_a_loss, EVERY, A_FEW_BATCHES, "['easy_loss']", "name='my_easy_loss'"),
-    (metric_that_replaces_a_term, EVERY, A_FEW_BATCHES, "['easy_loss']", "name='my_easy_loss'"),
+    (metric_that_replaces_a_term, EVERY, A_FEW_BATCHES, "['easy_loss']", "Leave them out"),
     (metric_named_like_a_weight, EVERY, A_FEW_BATCHES, "['easy_weight'] already", "another name"),
     (metric_named_like_the_base_loss, EVERY, A_FEW_BATCHES, "['base_loss']", "another name"),
     (history_before_the_callback, EVERY, NOT_AT_ALL, "`History`", "callbacks=[dwa, history]"),
