@@ -146,13 +146,13 @@ class LossWeights(keras.metrics.Metric):
                 name="record",
             )
 
-    def update_state(self, losses: Any, samples: Any = 1) -> None:
+    def update_state(self, losses: Any, samples: Any) -> None:
         """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
         self.called = True
-        ones = keras.ops.ones((1,), self.record.dtype)
+        one = keras.ops.ones((1,))
         values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
         samples = keras.ops.cast(samples, self.record.dtype)
-        self.record.assign_add(samples * keras.ops.concatenate([values, ones]))
+        self.record.assign_add(samples * keras.ops.concatenate([values, one]))
 
     def reset_state(self) -> None:
         """Sets what was recorded to zero, and nothing else.

@@ -86,6 +86,8 @@ def test_average_that_is_not_finite_holds_the_weights_and_is_left_out(dwa, value
     message = rf"holds the loss weights after 3 epochs: .* 'hard' \({value}\) is not finite"
     with pytest.warns(UserWarning, match=message):
         assert dwa.step({"easy": 0.5, "hard": value}) == before
+    with pytest.warns(UserWarning, match=r"the loss of 'easy' \(nan\), 'hard' \(inf\) is not"):
+        assert dwa.step({"easy": float("nan"), "hard": float("inf")}) == before
     # As if the epoch had not been: 1 -> 0.5 and 3 -> 1.5.
     np.testing.assert_allclose(dwa.step({"easy": 0.5, "hard": 1.5})["easy"], 1.0, rtol=1e-6)
 

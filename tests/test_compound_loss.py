@@ -136,6 +136,20 @@ def test_low_precision_terms_are_combined_in_float32(dwa, compound):
     assert keras.backend.standardize_dtype(with_output.dtype) == "float32"
 
 
+def test_losses_beyond_float16_are_recorded_in_float32():
+    keras.config.set_floatx("float16")
+    try:
+        dwa = DynamicWeightAverage(["easy", "hard"])
+        terms = {"easy": keras.ops.cast(1e5, "float32"), "hard": keras.ops.cast(1.0, "float32")}
+        compound = CompoundLoss(list(terms), dwa)
+        for _ in range(2):
+            compound.combine(terms)
+            # Equal in both epochs; infinite averages would be warned of.
+            assert dwa.step() == {"easy": 1.0, "hard": 1.0}
+    finally:
+        keras.config.set_floatx("float32")
+
+
 def test_outputs_without_a_loss_are_left_aside(compound):
     y_pred = {**Y, "features": X}
     assert float(compound(Y, y_pred)) == 0.0

@@ -6,7 +6,7 @@ import pickle
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, ComputeLoss, TwoHeads, X, Y, check_run, dict_model, train
+from common import LOSSES, ComputeLoss, TwoHeads, X, Y, check_run, dict_model, heads, train
 
 from keras_dwa import DynamicWeightAverage
 
@@ -198,6 +198,21 @@ def test_weights_files_with_and_without_state_load_into_models_without_and_with(
     without.load_weights(tmp_path / "with.weights.h5")
     for ours, theirs in zip(with_state.get_weights(), without.get_weights(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_state_of_names_of_any_length_is_read(tmp_path):
+    for name in ("a", "ab", "größe"):
+        dwa = DynamicWeightAverage([name, "hard"])
+        inputs, outputs = heads()
+        model = keras.Model(inputs, {name: outputs["easy"], "hard": outputs["hard"]})
+        model.compile("sgd", {name: "mse", "hard": "mae"}, loss_weights=dwa.loss_weights)
+        dwa.set_model(model)
+        dwa.step({name: 2.0, "hard": 4.0})
+        moved = dwa.step({name: 1.0, "hard": 3.0})
+        model.save_weights(tmp_path / "state.weights.h5")
+        dwa.reset()
+        model.load_weights(tmp_path / "state.weights.h5")
+        assert dwa.step() == moved != {name: 1.0, "hard": 1.0}
 
 
 def test_state_of_other_outputs_is_refused(dwa, tmp_path):

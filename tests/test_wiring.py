@@ -137,6 +137,16 @@ def loss_of_no_output():
     fit(compiled(dict_model(), dwa.loss_weights, {**LOSSES, "third": "mse"}), dwa)
 
 
+def weights_in_a_list_beside_a_loss_of_none():
+    inputs, outputs = heads()
+    features = keras.layers.Identity(name="features")(inputs)
+    model = keras.Model(inputs, [outputs["easy"], features, outputs["hard"]])
+    dwa = new()
+    weights = [dwa.loss_weights["easy"], None, dwa.loss_weights["hard"]]
+    model = compiled(model, weights, {**LOSSES, "features": None})
+    fit(model, dwa, y=[Y["easy"], X, Y["hard"]])
+
+
 def flat_weights_of_nested_losses():
     inputs, outputs = heads()
     # Flattened, "a" comes before "a-b"; as paths, "a-b" comes before "a/easy".
@@ -394,6 +404,7 @@ MISWIRINGS = [
     (one_loss_for_all_outputs, EVERY, NOT_AT_ALL, "one loss, 'mse', for all", TO_WRITE),
     (list_of_losses, EVERY, NOT_AT_ALL, "`loss` as a list", DICT_TO_WRITE),
     (list_of_weights, EVERY, NOT_AT_ALL, "must have the structure of `loss`", WEIGHTS_TO_WRITE),
+    (weights_in_a_list_beside_a_loss_of_none, EVERY, NOT_AT_ALL, "'features': None}"),
     (swapped_weights, EVERY, NOT_AT_ALL, "each loss its own weight", WEIGHTS_TO_WRITE),
     (another_name_than_the_losses, EVERY, NOT_AT_ALL, "['easy', 'heavy']", NAMES_TO_WRITE),
     (missing_name, EARLY, NOT_AT_ALL, "got 2 losses and 1 weights"),
