@@ -17,10 +17,10 @@ from keras_dwa.loss_weights import LossWeight, LossWeights
 from keras_dwa.wiring import (
     check_compiled,
     check_distribution,
-    check_history,
     check_log_names,
     check_metrics,
     is_compiled_with,
+    lacks_weights,
 )
 
 
@@ -66,8 +66,8 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     Raises:
         ValueError: if a name, a base weight or the temperature is not as described; from `fit`,
             before the first step if the model was not compiled with these weights, after the first
-            if its logs lack `<name>_loss`, and after the third epoch if the weights moved and the
-            loss is still the sum under the base weights.
+            if its logs lack `<name>_loss`, and at the end of the first epoch whose weights clearly
+            differ from the base weights if the loss is still the sum under those.
         RuntimeError: from `fit`, if the callback is in another one at the same time.
 
     Example:
@@ -112,7 +112,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self._thread: int | None = None
         self._warned_of_sign = False
         self._is_new = self._is_start = False
-        self._has_batches = self._is_weighted_sum = False
+        self._has_batches, self._looks_static = False, True
 
     def __repr__(self) -> str:
         names: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
@@ -190,9 +190,10 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self._sync()
         self._state.reset()
         self._warned_of_sign = self._is_new = False
+        self._looks_static = True
 
     def set_params(self, params: dict[str, Any]) -> None:
-        if params is self.params:
+        if params is self.params is not None:
             raise ValueError(
                 f"`callbacks` has {self!r} more than once. Write\n"
                 "    model.fit(..., callbacks=[dwa])"
@@ -229,7 +230,6 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        check_history(self.model, self.params)
         self._thread = threading.get_ident()
         self._is_start = True
 
@@ -261,13 +261,14 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         _warn(messages)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if batch > 0:
+        if self._has_batches:
             self._check_start()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
         if not self._has_batches:
-            self._check_logs(logs or {})
+            if logs:
+                self._check_logs(logs)
             self._has_batches = True
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
@@ -276,7 +277,13 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         if not self._has_batches:
             # Keras on JAX then puts back the variables' values of an epoch before.
             self._state.take_back()
-            _warn([f"DynamicWeightAverage holds the loss weights: epoch {epoch + 1} had no batch."])
+            _warn(
+                [
+                    f"DynamicWeightAverage holds the loss weights: epoch {epoch + 1} had no batch. "
+                    "(In a loop of your own, call `on_train_batch_end` for each batch, or "
+                    "`dwa.step({name: average, ...})`.)"
+                ]
+            )
             return
         self._check_start()
         losses, weights = self._losses_of(logs), self._state.values()
@@ -288,18 +295,23 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         if self.verbose > 0:
             shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in new_weights.items())
             print(f"\nEpoch {epoch + 1}: DynamicWeightAverage setting loss weights to {shown}.")
-        if "val_loss" not in logs:
-            return
-        if missing := self._missing(logs, "val_"):
-            warnings.warn(
-                f"DynamicWeightAverage adds no `val_base_loss`: the logs lack {missing}. A "
-                "`test_step` of your own must return\n"
-                "    self.compute_metrics(x, y, y_pred, sample_weight)",
-                stacklevel=2,
+        messages = []
+        if lacks_weights(self.model, self.params, epoch):
+            messages.append(
+                "`History` is in the list of callbacks before DynamicWeightAverage, and lacks what "
+                "this one logs. Write\n    model.fit(..., callbacks=[dwa, history])"
             )
-            return
-        val_losses = self._losses_of(logs, "val_")
-        logs["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
+        if "val_loss" in logs:
+            if missing := self._missing(logs, "val_"):
+                messages.append(
+                    f"DynamicWeightAverage adds no `val_base_loss`: the logs lack {missing}. A "
+                    "`test_step` of your own must return\n"
+                    "    self.compute_metrics(x, y, y_pred, sample_weight)"
+                )
+            else:
+                val_losses = self._losses_of(logs, "val_")
+                logs["val_base_loss"] = self._base_loss(logs["val_loss"], val_losses, weights)
+        _warn(messages)
 
     def _sync(self) -> None:
         # On JAX, a model's variables have no value while an epoch runs; `Callback.model` puts them
@@ -348,9 +360,10 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
         if called and not self._state.in_logs:
             raise ValueError(
-                "`model` called the compound loss, and was compiled with its loss weights as well. "
-                "Use one way only. (`compile` without a loss keeps the former one: make the model "
-                "anew to go over to `compute_loss`.)"
+                "The compound loss was called in training, and the model compiled with its loss "
+                "weights as well. Use one way only; validate by `stateless_call`. (`compile` "
+                "without a loss keeps the former one: make the model anew to go over to "
+                "`compute_loss`.)"
             )
 
     def _check_losses(self, losses: Mapping[str, float]) -> NDArray[np.float64]:
@@ -440,20 +453,18 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     def _check_effect(
         self, total: float, losses: Mapping[str, float], weights: Mapping[str, float]
     ) -> None:
-        """Raises if the loss was the weighted sum, and stays that under the base weights."""
+        """Raises if the loss is, as in every epoch so far, the sum under the base weights."""
         weighted = sum(weights[name] * losses[name] for name in losses)
         static = sum(self.outputs[name] * losses[name] for name in losses)
-        was_weighted_sum = self._is_weighted_sum
-        self._is_weighted_sum = math.isclose(total, weighted, rel_tol=1e-5)
-        is_static = not self._is_weighted_sum and math.isclose(total, static, rel_tol=1e-5)
-        if was_weighted_sum and is_static:
+        self._looks_static &= math.isclose(total, static, rel_tol=1e-5)
+        if self._looks_static and not math.isclose(weighted, static, rel_tol=1e-3):
             raise ValueError(
                 f"The weights do not reach the loss: it was {total}, the sum under the base "
                 f"weights, although the weights were {dict(weights)}. A `compute_loss` of your own "
                 "must return what it computes from\n"
                 "    super().compute_loss(x, y, y_pred, sample_weight, training)\n"
                 "or from a keras_dwa.CompoundLoss; a `train_step`, apply the gradient of "
-                "`self.compute_loss(...)`."
+                "`self.compute_loss(...)`. Leave `loss` as Keras logs it; `base_loss` is unweighted."
             )
 
     def _base_loss(

@@ -133,7 +133,7 @@ class LossWeights(keras.metrics.Metric):
             f"DynamicWeightAverage found loss weights assigned by hand, {by_hand}, and goes on "
             f"with its own, {own}. For weights of your own, give base weights,\n"
             "    dwa = keras_dwa.DynamicWeightAverage({name: weight, ...})\n"
-            "or compile with numbers."
+            "or compile with numbers; for those of a former run, read its weights file."
         ]
 
     def start_recording(self) -> None:

@@ -107,19 +107,14 @@ def check_metrics(model: keras.Model, state: LossWeights) -> None:
         )
 
 
-def check_history(model: keras.Model, params: Any) -> None:
-    """Raises a ValueError if `History` is in the list of callbacks before this one."""
+def lacks_weights(model: keras.Model, params: Any, epoch: int) -> bool:
+    """Whether `History` took the first epoch of the `fit` that has `params` before the weights."""
     history = getattr(model, "history", None)
-    # `History.on_train_begin` empties `epoch`; before it there is none, or that of a former `fit`.
-    if (
+    return (
         isinstance(history, keras.callbacks.History)
         and history.params is params
-        and getattr(history, "epoch", None) == []
-    ):
-        raise ValueError(
-            "`History` is in the list of callbacks before DynamicWeightAverage, so that it would "
-            "lack the weights. Write\n    model.fit(..., callbacks=[dwa, history])"
-        )
+        and history.epoch == [epoch]
+    )
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

@@ -542,7 +542,9 @@ def test_compound_loss_that_compute_loss_never_calls_is_an_error(dwa, compound):
 def test_compound_loss_and_compiled_weights_at_once_are_an_error(dwa):
     model = ComputeLoss(dwa)
     model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
-    with pytest.raises(ValueError, match="was compiled with its loss weights as well"):
+    with pytest.raises(
+        ValueError, match="called in training, and the model compiled with its loss weights as well"
+    ):
         model.fit(X, Y, verbose=0, callbacks=[dwa])
 
 

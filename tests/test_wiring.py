@@ -422,7 +422,7 @@ MISWIRINGS = [
     (metric_that_replaces_a_term, EVERY, A_FEW_BATCHES, "['easy_loss']", "Leave them out"),
     (metric_named_like_a_weight, EVERY, A_FEW_BATCHES, "['easy_weight'] already", "another name"),
     (metric_named_like_the_base_loss, EVERY, A_FEW_BATCHES, "['base_loss']", "another name"),
-    (history_before_the_callback, EVERY, NOT_AT_ALL, "`History`", "callbacks=[dwa, history]"),
+    (history_before_the_callback, EVERY, ONE_EPOCH, "`History`", "callbacks=[dwa, history]"),
     (train_step_with_other_logs, EVERY, A_FEW_BATCHES, "['loss', 'mine']", "self.compute_metrics("),
     (compute_loss_of_its_own, EVERY, A_FEW_BATCHES, "It has ['loss']", "super().compute_loss("),
     (compute_loss_that_ignores_the_weights, EVERY, THREE_EPOCHS, "base weights", "super().comp"),
