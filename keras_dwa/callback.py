@@ -464,7 +464,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
                 "must return what it computes from\n"
                 "    super().compute_loss(x, y, y_pred, sample_weight, training)\n"
                 "or from a keras_dwa.CompoundLoss; a `train_step`, apply the gradient of "
-                "`self.compute_loss(...)`. Leave `loss` as Keras logs it; `base_loss` is unweighted."
+                "`self.compute_loss(...)`. Leave `loss` as Keras logs it."
             )
 
     def _base_loss(
