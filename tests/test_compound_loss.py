@@ -539,15 +539,6 @@ def test_compound_loss_that_compute_loss_never_calls_is_an_error(dwa, compound):
         model.fit(X, Y, verbose=0, callbacks=[dwa])
 
 
-def test_compound_loss_and_compiled_weights_at_once_are_an_error(dwa):
-    model = ComputeLoss(dwa)
-    model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
-    with pytest.raises(
-        ValueError, match="called in training, and the model compiled with its loss weights as well"
-    ):
-        model.fit(X, Y, verbose=0, callbacks=[dwa])
-
-
 def test_step_after_calls_that_left_no_record_warns(dwa, compound):
     values = [variable.value for variable in dwa.variables]
     compound.stateless_combine(values, {"easy": 1.0, "hard": 1.0})
