@@ -4,7 +4,6 @@ import math
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, Self
 
 import keras
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from keras_dwa._keras_internals import track
 from keras_dwa.formula import check_temperature, dwa_weights, is_positive, undefined_rates
-from keras_dwa.loss_weights import LossWeight, LossWeights
+from keras_dwa.loss_weights import LossWeight, LossWeights, to_numpy
 from keras_dwa.wiring import (
     check_compiled,
     check_distribution,
@@ -485,9 +484,8 @@ def _warn(messages: list[str]) -> None:
 
 
 def _as_float(name: str, loss: Any) -> float:
-    value = np.asarray(loss if isinstance(loss, Real) else keras.ops.convert_to_numpy(loss))
-    # "V" is bfloat16, which NumPy does not know.
-    if value.shape != () or value.dtype.kind not in "iufV":
+    value = to_numpy(loss) if hasattr(loss, "dtype") else np.asarray(loss)
+    if value.shape != () or value.dtype.kind not in "iuf":
         raise ValueError(
             "`step` takes the average of each loss over the epoch, a real number or a scalar "
             f"tensor. Found {loss!r} for {name!r}."

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_dwa.callback import DynamicWeightAverage
-from keras_dwa.loss_weights import LossWeight
+from keras_dwa.loss_weights import LossWeight, widest_float
 
 
 class CompoundLoss(keras.losses.Loss):
@@ -201,7 +201,7 @@ class CompoundLoss(keras.losses.Loss):
                     f"Each loss must be a scalar. Found the shape {tuple(term.shape)} for "
                     f"{name!r}: reduce it first, say by `keras.ops.mean`."
                 )
-        dtype = keras.backend.result_type(keras.config.floatx(), *(term.dtype for term in terms))
+        dtype = widest_float(keras.config.floatx(), *(term.dtype for term in terms))
         stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
         state.update_state(stacked, samples)
         weights = keras.ops.stack(

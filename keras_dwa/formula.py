@@ -59,7 +59,8 @@ def dwa_weights(
     # A logit below -800 is 0 in float64 after `exp`; capped there, it cannot overflow on the way.
     logits = [(rate - largest) / Fraction(temperature) for rate in rates]
     unnormalized = np.exp([float(max(logit, Fraction(-800))) for logit in logits])
-    return np.asarray(len(rates) * unnormalized / unnormalized.sum(), dtype=np.float64)
+    weights: NDArray[np.float64] = len(rates) * unnormalized / unnormalized.sum()
+    return weights
 
 
 def _relative_descending_rates(previous: ArrayLike, before_previous: ArrayLike) -> list[Fraction]:

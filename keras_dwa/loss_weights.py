@@ -39,7 +39,7 @@ class LossWeight(keras.Variable):
 
     def __float__(self) -> float:
         # By way of a tensor, since `float` of a variable under a tf.distribute strategy fails.
-        return float(keras.ops.convert_to_numpy(keras.ops.convert_to_tensor(self)))
+        return float(to_numpy(keras.ops.convert_to_tensor(self)))
 
     def get_config(self) -> dict[str, float]:
         return {"value": float(self)}
@@ -142,7 +142,7 @@ class LossWeights(keras.metrics.Metric):
             self.record = self.add_variable(
                 shape=(len(self.weights) + 1,),
                 initializer="zeros",
-                dtype=keras.backend.result_type(keras.config.floatx(), "float32"),
+                dtype=widest_float(keras.config.floatx(), "float32"),
                 name="record",
             )
 
@@ -160,7 +160,7 @@ class LossWeights(keras.metrics.Metric):
         Keras calls this at the start of each epoch and of each evaluation.
         """
         if self.record is not None:
-            self.record.assign(keras.ops.zeros(self.record.shape, self.record.dtype))
+            self.record.assign(keras.ops.zeros(self.record.shape))
 
     def result(self) -> dict[str, Any]:
         """The recorded averages as `<name>_loss`, where they are the model's logs."""
@@ -211,6 +211,20 @@ class LossWeights(keras.metrics.Metric):
             epochs=int(np.asarray(store["epochs"])),
         )
         self.loaded = True
+
+
+def widest_float(*dtypes: Any) -> str:
+    """The dtype that holds values of all these, where Keras may have float32 for float64."""
+    names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
+    return "float64" if "float64" in names else keras.backend.result_type(*names)
+
+
+def to_numpy(tensor: Any) -> NDArray[Any]:
+    """The tensor as an array; of float32 for bfloat16, which NumPy does not know."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
+        tensor = keras.ops.cast(tensor, "float32")
+    array: NDArray[Any] = keras.ops.convert_to_numpy(tensor)
+    return array
 
 
 def _unpickle(base_weights: dict[str, float], state: dict[str, Any]) -> LossWeights:

@@ -1,5 +1,6 @@
 """The smallest models and data that can show a claim, and the checks that every run must pass."""
 
+import contextlib
 import itertools
 import sys
 
@@ -49,6 +50,25 @@ def forget_compiled_torch():
         import torch
 
         torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def floatx(dtype):
+    """Keras's default dtype, and JAX's leave to have it."""
+
+    def allow_float64(allowed):
+        if BACKEND == "jax":
+            import jax
+
+            jax.config.update("jax_enable_x64", allowed)
+
+    keras.config.set_floatx(dtype)
+    allow_float64(dtype == "float64")
+    try:
+        yield
+    finally:
+        keras.config.set_floatx("float32")
+        allow_float64(False)
 
 
 def heads(width=6, **trunk):

@@ -1,10 +1,12 @@
 """What bad input gets: an error that names what was found and shows what to write, or a warning."""
 
 import re
+from contextlib import nullcontext
 
 import keras
 import numpy as np
 import pytest
+from common import floatx
 
 from keras_dwa import DynamicWeightAverage
 
@@ -46,6 +48,8 @@ def test_temperature_must_be_finite_and_positive(dwa, temperature):
         # Twice this weight is infinite in float32, and this one is 0.
         ({"a": 2e38, "b": 1.0}, "stay so in float32. Found 2e+38 for 'a'"),
         ({"a": 1e-60}, "stay so in float32. Found 1e-60 for 'a'"),
+        # Zero and the smallest normal number: what lies between is 0 on some devices.
+        ({"a": 1e-40}, "stay so in float32. Found 1e-40 for 'a'"),
         # Names whose logs would have one key twice.
         (["x", "base"], "would have ['base_loss', 'val_base_loss'] twice"),
         (["val", "x"], "would have ['val_loss'] twice"),
@@ -56,6 +60,28 @@ def test_temperature_must_be_finite_and_positive(dwa, temperature):
 def test_outputs_must_be_different_names_with_finite_positive_base_weights(outputs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         DynamicWeightAverage(outputs)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "outputs", "message"),
+    [
+        ("float32", {"a": float(np.finfo("float32").tiny), "b": 2.0**126}, None),
+        ("float32", {"a": float(np.finfo("float32").max) / 2, "b": 1.0}, None),
+        ("float64", {"a": 1e300, "b": 1e-300}, None),
+        ("float16", {"a": 30000.0, "b": 1.0}, None),
+        ("float16", {"a": 40000.0, "b": 1.0}, "stay so in float16. Found 40000.0 for 'a'"),
+        ("float16", {"a": 1e-6}, "stay so in float16. Found 1e-06 for 'a'"),
+        ("bfloat16", {"a": 1e38, "b": 1.0}, None),
+        ("bfloat16", {"a": 2e38, "b": 1.0}, "stay so in bfloat16. Found 2e+38 for 'a'"),
+    ],
+)
+def test_base_weights_have_the_range_of_floatx(dtype, outputs, message):
+    refused = pytest.raises(ValueError, match=re.escape(message)) if message else nullcontext()
+    with floatx(dtype), refused:
+        weights = DynamicWeightAverage(outputs).loss_weights
+        assert {weight.dtype for weight in weights.values()} == {dtype}
+        found = {name: float(weight) for name, weight in weights.items()}
+        assert found == pytest.approx(outputs, rel=1e-2)
 
 
 @pytest.mark.parametrize(

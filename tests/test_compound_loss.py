@@ -15,12 +15,13 @@ from common import (
     Y,
     check_run,
     dict_model,
+    floatx,
     heads,
     train,
 )
 from loops import train_loop, value_and_gradient
 
-from keras_dwa import CompoundLoss, DynamicWeightAverage
+from keras_dwa import CompoundLoss, DynamicWeightAverage, dwa_weights
 
 
 @pytest.fixture
@@ -136,18 +137,32 @@ def test_low_precision_terms_are_combined_in_float32(dwa, compound):
     assert keras.backend.standardize_dtype(with_output.dtype) == "float32"
 
 
-def test_losses_beyond_float16_are_recorded_in_float32():
-    keras.config.set_floatx("float16")
-    try:
+def test_losses_and_samples_beyond_float16_are_recorded_in_float32():
+    with floatx("float16"):
         dwa = DynamicWeightAverage(["easy", "hard"])
-        terms = {"easy": keras.ops.cast(1e5, "float32"), "hard": keras.ops.cast(1.0, "float32")}
-        compound = CompoundLoss(list(terms), dwa)
-        for _ in range(2):
-            compound.combine(terms)
-            # Equal in both epochs; infinite averages would be warned of.
-            assert dwa.step() == {"easy": 1.0, "hard": 1.0}
-    finally:
-        keras.config.set_floatx("float32")
+        compound = CompoundLoss(list(LOSSES), dwa)
+        for easy in (2e5, 1e5):
+            terms = {
+                "easy": keras.ops.cast(easy, "float32"),
+                "hard": keras.ops.cast(1.0, "float32"),
+            }
+            compound.combine(terms, samples=100_000)
+            weights = dwa.step()
+        expected = dwa_weights([1e5, 1.0], [2e5, 1.0])
+        np.testing.assert_allclose(list(weights.values()), expected, rtol=1e-3)
+
+
+def test_losses_are_combined_and_recorded_in_float64_where_it_is_the_default():
+    with floatx("float64"):
+        dwa = DynamicWeightAverage(["easy", "hard"])
+        compound = CompoundLoss(list(LOSSES), dwa)
+        for easy in (3.0, 2.0):
+            terms = {"easy": np.float64(easy / 7), "hard": np.float64(0.1)}
+            loss = compound.combine(terms)
+            np.testing.assert_allclose(keras.ops.convert_to_numpy(loss), easy / 7 + 0.1, rtol=1e-14)
+            weights = dwa.step()
+        expected = dwa_weights([2.0, 1.0], [3.0, 1.0])
+        np.testing.assert_allclose(list(weights.values()), expected, rtol=1e-12)
 
 
 def test_outputs_without_a_loss_are_left_aside(compound):
@@ -179,6 +194,16 @@ def test_calls_are_averaged_over_samples(dwa, compound):
     reference.step({"easy": (10 + 30 * 4) / 40, "hard": (10 + 30 * 2) / 40})
     expected = reference.step({"easy": 1.0, "hard": 1.0})
     np.testing.assert_allclose(list(weights.values()), list(expected.values()), rtol=1e-5)
+
+
+def test_epochs_may_differ_in_their_number_of_batches(dwa):
+    compound = CompoundLoss(list(LOSSES), dwa)
+    for batches in (1, 3):
+        for _ in range(batches):
+            compound.combine({"easy": 2.0 / batches, "hard": 1.0})
+        weights = dwa.step()
+    expected = dwa_weights([2 / 3, 1.0], [2.0, 1.0], 0.2) * [3.0, 0.5]
+    np.testing.assert_allclose(list(weights.values()), expected, rtol=1e-6)
 
 
 def test_step_with_nothing_recorded_does_nothing(dwa, compound):

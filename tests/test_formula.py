@@ -1,5 +1,7 @@
 """The equation, with nothing of Keras."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 
@@ -57,6 +59,19 @@ def test_takes_and_leaves_numpy_arrays():
     previous = np.array([1, 3], dtype="int32")
     assert isinstance(dwa_weights(previous, np.float32([2, 3])), np.ndarray)
     np.testing.assert_array_equal(previous, [1, 3])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int64", "uint8", "longdouble", object])
+def test_takes_real_numbers_of_any_type(dtype):
+    previous, before_previous = np.array([1, 3]).astype(dtype), np.array([2, 3]).astype(dtype)
+    np.testing.assert_array_equal(
+        dwa_weights(previous, before_previous), dwa_weights([1.0, 3.0], [2.0, 3.0])
+    )
+
+
+def test_takes_numbers_that_numpy_has_no_type_for():
+    weights = dwa_weights([10**30, Fraction(3, 2)], [2 * 10**30, Fraction(3, 2)])
+    np.testing.assert_array_equal(weights, dwa_weights([1e30, 1.5], [2e30, 1.5]))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, SAMPLES, X, Y, check_run, dict_model, heads, train
+from common import BACKEND, SAMPLES, X, Y, check_run, dict_model, floatx, heads, train
 
 from keras_dwa import DynamicWeightAverage
 
@@ -121,18 +121,9 @@ def test_mixed_precision(dwa, mode, policy):
 
 
 def test_float64(mode):
-    keras.config.set_floatx("float64")
-    if BACKEND == "jax":
-        import jax
-
-        jax.config.update("jax_enable_x64", True)
-    try:
+    with floatx("float64"):
         dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
         history = train(dict_model(), dwa, mode=mode, validation_split=0.2)
-    finally:
-        keras.config.set_floatx("float32")
-        if BACKEND == "jax":
-            jax.config.update("jax_enable_x64", False)
     check_run(history, dwa)
     assert all(weight.dtype == "float64" for weight in dwa.loss_weights.values())
 

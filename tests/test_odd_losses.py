@@ -9,6 +9,7 @@ from common import (
     check_run,
     dict_model,
     expected_weights,
+    floatx,
     heads,
     joined,
     our_messages,
@@ -62,20 +63,20 @@ def without_epoch(history, epoch):
     return {key: values[:epoch] + values[epoch + 1 :] for key, values in history.items()}
 
 
+def fit_and_warn(dwa, data, optimizer, mode):
+    """Six epochs of batches in their order; the history, and our only warning."""
+    fit = {"epochs": 6, "shuffle": False, "others": [data.counter]}
+    with pytest.warns(UserWarning, match="DynamicWeightAverage") as warned:
+        history = train(dict_model(), dwa, data, None, optimizer=optimizer, mode=mode, **fit)
+    (message,) = our_messages(warned)
+    return history, message
+
+
 def test_labels_that_are_nan_for_an_epoch_leave_it_out(dwa, mode):
     data = Epochs(targets={2: {"easy": np.full_like(Y["easy"], np.nan)}})
     # Which skips a step whose gradient is not finite; others would keep NaN in the parameters.
     optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05), initial_scale=1.0)
-    fit = {
-        "optimizer": optimizer,
-        "mode": mode,
-        "epochs": 6,
-        "shuffle": False,
-        "others": [data.counter],
-    }
-    with pytest.warns(UserWarning, match="DynamicWeightAverage") as warned:
-        history = train(dict_model(), dwa, data, None, **fit)
-    (message,) = our_messages(warned)
+    history, message = fit_and_warn(dwa, data, optimizer, mode)
     assert "after 3 epochs: the loss of 'easy' (nan) is not finite" in message
     check_sane(history, dwa)
     assert np.isnan(history["easy_loss"][2])
@@ -86,31 +87,19 @@ def test_labels_that_are_nan_for_an_epoch_leave_it_out(dwa, mode):
 
 
 def test_loss_that_overflows_float16_leaves_the_epoch_out(mode):
-    keras.config.set_floatx("float16")
-    try:
-        # The square of 1000 is beyond float16. Keras scales the losses of this optimizer.
-        data = Epochs(targets={2: {"easy": np.full_like(Y["easy"], 1000)}})
+    # The square of 1000 is beyond float16. Keras scales the losses of this optimizer.
+    data = Epochs(targets={2: {"easy": np.full_like(Y["easy"], 1000)}})
+    with floatx("float16"):
         dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.5)
         optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05))
-        fit = {
-            "optimizer": optimizer,
-            "mode": mode,
-            "epochs": 6,
-            "shuffle": False,
-            "others": [data.counter],
-        }
-        with pytest.warns(UserWarning, match="DynamicWeightAverage") as warned:
-            history = train(dict_model(), dwa, data, None, **fit)
-        (message,) = our_messages(warned)
+        history, message = fit_and_warn(dwa, data, optimizer, mode)
         assert "after 3 epochs: the loss of 'easy' (inf) is not finite" in message
         check_sane(history, dwa)
-        finite = without_epoch(history, 2)
-        assert np.isfinite(finite["loss"]).all()
-        weights = np.array([finite["easy_weight"], finite["hard_weight"]]).T
-        np.testing.assert_allclose(weights, expected_weights(finite, dwa, 0.5), rtol=5e-3)
-        assert abs(weights[3, 0] - 1) > 0.01
-    finally:
-        keras.config.set_floatx("float32")
+    finite = without_epoch(history, 2)
+    assert np.isfinite(finite["loss"]).all()
+    weights = np.array([finite["easy_weight"], finite["hard_weight"]]).T
+    np.testing.assert_allclose(weights, expected_weights(finite, dwa, 0.5), rtol=5e-3)
+    assert abs(weights[3, 0] - 1) > 0.01
 
 
 def margin_model():

@@ -10,7 +10,7 @@ import cloudpickle
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, X, Y, check_run, dict_model, joined, train
+from common import LOSSES, X, Y, check_run, dict_model, joined, our_messages, train
 
 import keras_dwa
 from keras_dwa import DynamicWeightAverage, dwa_weights
@@ -46,6 +46,20 @@ def test_return_to_the_first_model_starts_afresh(dwa):
     with pytest.warns(UserWarning, match="comes back to a model"):
         history = train(model, dwa, epochs=4)
     check_run(history, dwa)
+
+
+def test_first_model_starts_afresh_after_steps_without_one(dwa):
+    for easy in (4.0, 1.0):
+        dwa.step({"easy": easy, "hard": 1.0})
+    check_run(train(dict_model(), dwa, epochs=4), dwa)
+
+
+def test_second_model_starts_afresh_after_a_file_was_read(dwa, tmp_path):
+    model = dict_model()
+    train(model, dwa)
+    model.save_weights(tmp_path / "w.weights.h5")
+    model.load_weights(tmp_path / "w.weights.h5")
+    check_run(train(dict_model(), dwa, epochs=4), dwa)
 
 
 def test_reset_starts_afresh(dwa):
@@ -107,6 +121,20 @@ def test_step_moves_the_weights_of_train_on_batch():
     assert abs(weights["easy"] - 1) > 1e-3
 
 
+def test_weights_are_scalars_that_nothing_trains_or_rounds():
+    dwa = DynamicWeightAverage({"heads/easy": 1.0001})
+    (weight,) = dwa.loss_weights.values()
+    assert (weight.name, weight.shape, weight.trainable) == ("heads.easy_weight", (), False)
+
+    class Scale(keras.layers.Layer):
+        def call(self, inputs):
+            return keras.ops.convert_to_tensor(weight)
+
+    # In a layer of half precision, Keras would round other variables to 1.0.
+    scale = keras.ops.convert_to_numpy(Scale(dtype="mixed_float16")(X))
+    assert (scale.dtype, scale) == ("float32", np.float32(1.0001))
+
+
 def test_state_tree_of_the_model_is_readable(dwa):
     model = dict_model()
     train(model, dwa, epochs=1)
@@ -124,6 +152,19 @@ def test_model_keeps_its_own_weights_and_summary(dwa, capsys):
     # The optimizer's variables, which `summary` counts once it is built, apart.
     assert capsys.readouterr().out.splitlines()[:10] == summary.splitlines()[:10]
     assert [v.path for v in model.weights] == before
+
+
+def test_warnings_name_the_line_that_they_are_about(dwa):
+    first, second = dict_model(), dict_model()
+    for model in (first, second):
+        model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
+        dwa.set_model(model)
+    with pytest.warns(UserWarning, match="comes back") as of_model:
+        dwa.set_model(first)
+    with pytest.warns(UserWarning, match="not finite") as of_loss:
+        dwa.step({"easy": float("nan"), "hard": 1.0})
+    ours = [warning for warning in [*of_model, *of_loss] if our_messages([warning])]
+    assert [warning.filename for warning in ours] == [__file__] * 2
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda callbacks: map(copy.copy, callbacks)])
@@ -190,6 +231,21 @@ def test_step_moves_the_weights_by_the_averages_given(dwa):
 def test_step_takes_tensors_and_numpy_scalars(dwa):
     dwa.step({"easy": np.float32(2.0), "hard": keras.ops.convert_to_tensor(4.0)})
     assert dwa.step({"easy": 1, "hard": np.array(4.0)})["hard"] > 1.5
+
+
+def test_step_takes_low_precision_tensors_and_those_that_have_a_gradient(dwa):
+    dwa.step({"easy": keras.ops.cast(2.0, "bfloat16"), "hard": keras.ops.cast(4.0, "float16")})
+    # On torch, the value of a trainable variable has a gradient.
+    weights = dwa.step({"easy": keras.Variable(1.0).value, "hard": 3.0})
+    expected = dwa_weights([1.0, 3.0], [2.0, 4.0], 0.2)
+    np.testing.assert_allclose([weights["easy"], weights["hard"]], expected, rtol=1e-6)
+
+
+def test_step_takes_floats_beyond_float32(dwa):
+    dwa.step({"easy": 2e300, "hard": 4e-300})
+    weights = dwa.step({"easy": 1e300, "hard": 3e-300})
+    expected = dwa_weights([1.0, 3.0], [2.0, 4.0], 0.2)
+    np.testing.assert_allclose([weights["easy"], weights["hard"]], expected, rtol=1e-6)
 
 
 def test_oldest_epoch_is_dropped(dwa):

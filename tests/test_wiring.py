@@ -222,6 +222,12 @@ def metric_named_like_the_base_loss():
     fit(compiled(model, dwa.loss_weights), dwa)
 
 
+def metric_named_like_the_val_base_loss():
+    model, dwa = dict_model(), new()
+    model.mine = keras.metrics.Mean(name="val_base_loss")
+    fit(compiled(model, dwa.loss_weights), dwa)
+
+
 def history_before_the_callback():
     dwa = new()
     fit(compiled(dict_model(), dwa.loss_weights), keras.callbacks.History(), dwa)
@@ -422,6 +428,13 @@ MISWIRINGS = [
     (metric_that_replaces_a_term, EVERY, A_FEW_BATCHES, "['easy_loss']", "Leave them out"),
     (metric_named_like_a_weight, EVERY, A_FEW_BATCHES, "['easy_weight'] already", "another name"),
     (metric_named_like_the_base_loss, EVERY, A_FEW_BATCHES, "['base_loss']", "another name"),
+    (
+        metric_named_like_the_val_base_loss,
+        EVERY,
+        A_FEW_BATCHES,
+        "['val_base_loss']",
+        "another name",
+    ),
     (history_before_the_callback, EVERY, ONE_EPOCH, "`History`", "callbacks=[dwa, history]"),
     (train_step_with_other_logs, EVERY, A_FEW_BATCHES, "['loss', 'mine']", "self.compute_metrics("),
     (compute_loss_of_its_own, EVERY, A_FEW_BATCHES, "It has ['loss']", "super().compute_loss("),
