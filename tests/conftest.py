@@ -1,3 +1,4 @@
+import gc
 import os
 
 # Two devices on one CPU, for the tests of distribution. JAX reads this when it is imported.
@@ -16,9 +17,11 @@ if BACKEND == "tensorflow":
     # The suite traces far longer than it runs what is traced.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
+# Keras collects garbage after every test; what is imported need not be looked through each time.
+gc.freeze()
 
 # The same examples in every run; `nox -s properties` searches many others, `mutants` has few.
-hypothesis.settings.register_profile("default", max_examples=300, derandomize=True, deadline=None)
+hypothesis.settings.register_profile("default", max_examples=200, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("few", max_examples=30, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("many", max_examples=100_000, deadline=None)
 hypothesis.settings.load_profile("default")

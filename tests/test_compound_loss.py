@@ -364,7 +364,7 @@ def test_compile_compute_loss_and_custom_loop_give_the_same_weights(compiled):
         dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2)
         return dwa, keras.optimizers.SGD(0.05)
 
-    fit = {"batch_size": 8, "epochs": 5, "shuffle": False, "verbose": 0}
+    fit = {"batch_size": 20, "epochs": 4, "shuffle": False, "verbose": 0}
     mode = {"run_eagerly": not compiled}
 
     dwa, optimizer = start()
@@ -387,7 +387,7 @@ def test_compile_compute_loss_and_custom_loop_give_the_same_weights(compiled):
     model = dict_model()
     model.set_weights(initial)
     compound = CompoundLoss(LOSSES, dwa)
-    by_loop = train_loop(model, optimizer, compound, dwa, X, Y, 5, 8, compiled)
+    by_loop = train_loop(model, optimizer, compound, dwa, X, Y, 4, 20, compiled)
 
     assert np.abs(by_compile[2:] / by_compile[0] - 1).max() > 1e-3
     np.testing.assert_allclose(by_compute_loss, by_compile, rtol=1e-5)

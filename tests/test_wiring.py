@@ -567,13 +567,14 @@ def test_weight_assigned_within_an_epoch_is_warned_of_and_replaced():
 def test_every_fit_may_run_in_another_mode():
     model, dwa = dict_model(), new()
     modes = [{}, {"run_eagerly": True}, {"run_eagerly": False}]
-    histories = [train(model, dwa, mode=mode, epochs=2) for mode in modes]
+    once = {"batch_size": 20, "epochs": 1}
+    histories = [train(model, dwa, mode=mode, **once) for mode in modes]
     for run_eagerly in (True, False):
         model.run_eagerly = run_eagerly
-        histories.append(fit(model, dwa, epochs=2))
+        histories.append(fit(model, dwa, **once))
     with eager_backend():
-        histories.append(fit(model, dwa, epochs=2))
-    histories.append(fit(model, dwa, epochs=2))
+        histories.append(fit(model, dwa, **once))
+    histories.append(fit(model, dwa, **once))
     check_run(joined(*histories), dwa)
 
 
