@@ -4,6 +4,7 @@ import math
 import threading
 import warnings
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Self
 
 import keras
@@ -104,7 +105,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        self.outputs = _check_outputs(outputs)
+        self._outputs = _check_outputs(outputs)
         self.temperature = temperature
         self.verbose = verbose
         self._state = LossWeights(self.outputs)
@@ -114,7 +115,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self._has_batches, self._looks_static = False, True
 
     def __repr__(self) -> str:
-        names: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
+        names: Any = self._outputs if set(self._outputs.values()) != {1.0} else list(self._outputs)
         return f"DynamicWeightAverage({names}, temperature={self.temperature})"
 
     def __copy__(self) -> Self:
@@ -129,6 +130,11 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         return {**self.__dict__, "_model": None}
 
     @property
+    def outputs(self) -> Mapping[str, float]:
+        """The base weights by output name, which stay as they are."""
+        return MappingProxyType(self._outputs)
+
+    @property
     def temperature(self) -> float:
         """`T`, a finite number > 0; assigning anything else raises a ValueError."""
         return self._temperature
@@ -139,7 +145,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
     @property
     def loss_weights(self) -> dict[str, LossWeight]:
-        """The live weights by output name, for `compile(loss_weights=...)`."""
+        """The live weights by output name, in a new dict: for `compile(loss_weights=...)`."""
         self._sync()
         return dict(self._state.weights)
 
@@ -229,6 +235,11 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        if self.model is None:
+            raise RuntimeError(
+                f"{self!r} was given no model. Write\n"
+                "    keras.callbacks.CallbackList([dwa], model=model, ...)"
+            )
         self._thread = threading.get_ident()
         self._is_start = True
 
@@ -285,6 +296,7 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             )
             return
         self._check_start()
+        self._check_logs(logs)
         losses, weights = self._losses_of(logs), self._state.values()
         logs.update({f"{name}_weight": weight for name, weight in weights.items()})
         logs["base_loss"] = self._base_loss(logs["loss"], losses, weights)
@@ -349,12 +361,15 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         if not self._is_start:
             return
         self._is_start = False
+        if not self._state.in_logs:
+            # Again, for a callback may have compiled the model since.
+            check_compiled(self.model, self._state.weights)
         check_metrics(self.model, self._state)
         called = self._state.recorded_averages() is not None
         if self._state.in_logs and not called:
             raise ValueError(
-                "`model` neither was compiled with the loss weights nor called the compound loss, "
-                "so that they had no effect. Call it in `compute_loss`, or write\n"
+                "`model` neither was compiled with the loss weights nor called the compound loss "
+                "of this callback: they had no effect. Call it in `compute_loss`, or write\n"
                 "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
             )
         if called and not self._state.in_logs:

@@ -203,10 +203,11 @@ class CompoundLoss(keras.losses.Loss):
                 )
         dtype = widest_float(keras.config.floatx(), *(term.dtype for term in terms))
         stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
-        state.update_state(stacked, samples)
+        # Read first: where they have no value, they say why.
         weights = keras.ops.stack(
             [keras.ops.cast(weight, dtype) for weight in state.weights.values()]
         )
+        state.update_state(stacked, samples)
         return keras.ops.sum(stacked * keras.ops.stop_gradient(weights))
 
     def _check_has_losses(self) -> None:

@@ -33,7 +33,8 @@ class LossWeight(keras.Variable):
         except TypeError as error:
             raise RuntimeError(
                 f"{self.name!r} has no value while an epoch runs, as Keras keeps it elsewhere on "
-                "JAX. Read it by `dwa.loss_weights`; for a second model that is trained meanwhile, "
+                "JAX. Read it by `dwa.loss_weights`; call a compound loss in the model's "
+                "`compute_loss`, not in its `call`; for a second model that is trained meanwhile, "
                 "make a callback of its own."
             ) from error
 

@@ -27,12 +27,14 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
     output_names = getattr(model, "output_names", list(ours))
     if loss is None:
         raise ValueError(
-            f"`model` was compiled without a loss. Write\n    {_compile_call(output_names)}"
+            f"`model` was compiled without a loss. Write\n    {_compile_call(output_names)}\n"
+            "If it calls a compound loss, pass the callback that has it."
         )
     if not is_compiled_with(model, ours):
         raise ValueError(
             "`model` was not compiled with this callback's loss weights: they would have no "
-            f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}"
+            f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}\n"
+            "Factors of your own are base weights: keras_dwa.DynamicWeightAverage({name: factor})"
         )
     if isinstance(loss, (list, tuple)):
         raise ValueError(
@@ -48,6 +50,12 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
             )
         return
     losses = dict(keras.tree.flatten_with_path(loss))
+    if any(isinstance(key, int) for path in losses for key in path):
+        raise ValueError(
+            f"`model` was compiled with a list within `loss={loss}`. Write each loss by itself, "
+            "and give a model with nested outputs dicts of them:\n"
+            "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
+        )
     names = {path: _path_name(path) for path, value in losses.items() if value is not None}
     if set(names.values()) != set(ours):
         found = list(names.values())

@@ -62,6 +62,11 @@ def test_outputs_must_be_different_names_with_finite_positive_base_weights(outpu
         DynamicWeightAverage(outputs)
 
 
+def test_base_weights_cannot_be_assigned_later(dwa):
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        dwa.outputs["easy"] = 5.0
+
+
 @pytest.mark.parametrize(
     ("dtype", "outputs", "message"),
     [

@@ -196,6 +196,11 @@ def test_calls_are_averaged_over_samples(dwa, compound):
     np.testing.assert_allclose(list(weights.values()), list(expected.values()), rtol=1e-5)
 
 
+def test_variables_are_the_weights_and_the_record(dwa, compound):
+    variables = [(variable.name, variable.shape) for variable in dwa.variables]
+    assert variables == [("easy_weight", ()), ("hard_weight", ()), ("record", (3,))]
+
+
 def test_epochs_may_differ_in_their_number_of_batches(dwa):
     compound = CompoundLoss(list(LOSSES), dwa)
     for batches in (1, 3):

@@ -94,6 +94,22 @@ def compiled_anew_without_the_weights():
     fit(compiled(model, None), dwa)
 
 
+def compiled_anew_by_another_callback():
+    class Recompile(keras.callbacks.Callback):
+        def set_model(self, model):
+            compiled(model, {"easy": 10.0, "hard": 1.0})
+            model.optimizer.build(model.trainable_variables)
+
+    dwa = new()
+    fit(compiled(dict_model(), dwa.loss_weights), dwa, Recompile())
+
+
+def callback_list_without_a_model():
+    dwa = new()
+    model = compiled(dict_model(), dwa.loss_weights)
+    model.fit(X, Y, verbose=0, callbacks=keras.callbacks.CallbackList([dwa], add_history=True))
+
+
 def one_loss_for_all_outputs():
     dwa = new(["easy"])
     fit(compiled(dict_model(), dwa.loss_weights, "mse"), dwa)
@@ -102,6 +118,11 @@ def one_loss_for_all_outputs():
 def list_of_losses():
     dwa = new()
     fit(compiled(list_model(), dwa.loss_weights, ["mae", "mse"]), dwa, y=LIST_TARGETS)
+
+
+def lists_within_a_dict_of_losses():
+    dwa = new()
+    fit(compiled(dict_model(), dwa.loss_weights, {"easy": ["mse"], "hard": ["mae"]}), dwa)
 
 
 def list_of_weights():
@@ -228,6 +249,12 @@ def metric_named_like_the_val_base_loss():
     fit(compiled(model, dwa.loss_weights), dwa)
 
 
+def log_that_another_callback_takes():
+    dwa = new()
+    take = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.pop("easy_loss"))
+    fit(compiled(dict_model(), dwa.loss_weights), take, dwa)
+
+
 def history_before_the_callback():
     dwa = new()
     fit(compiled(dict_model(), dwa.loss_weights), keras.callbacks.History(), dwa)
@@ -286,6 +313,25 @@ def compound_loss_that_is_never_called():
     model = compiled(keras.Model(*heads()), None)
     model.compute_loss = lambda x, y, y_pred, *args, **kwargs: unweighted(y, y_pred)
     fit(model, dwa)
+
+
+def compound_loss_of_another_callback():
+    model = ComputeLoss(new())
+    model.compile("sgd")
+    fit(model, new())
+
+
+def compound_loss_in_the_models_call():
+    class AddLoss(ComputeLoss):
+        def call(self, inputs):
+            terms = {"easy": keras.ops.mean(inputs), "hard": keras.ops.mean(inputs**2)}
+            self.add_loss(self.compound.combine(terms))
+            return super().call(inputs)
+
+    dwa = new()
+    model = AddLoss(dwa)
+    model.compile("sgd")
+    fit(model, dwa, y=None)
 
 
 def compound_loss_in_place_of_the_compiled_weights():
@@ -402,13 +448,17 @@ MISWIRINGS = [
     # (case, backends, how far training comes, what the message has)
     (no_loss_weights, EVERY, NOT_AT_ALL, "Found `loss_weights=None`", TO_WRITE),
     (plain_numbers_for_loss_weights, EVERY, NOT_AT_ALL, "{'easy': 1.0, 'hard': 2.0}", TO_WRITE),
+    (plain_numbers_for_loss_weights, EVERY, NOT_AT_ALL, "DynamicWeightAverage({name: factor})"),
     (no_loss, EVERY, NOT_AT_ALL, "compiled without a loss", TO_WRITE),
     (weights_of_another_callback, EVERY, NOT_AT_ALL, "this callback's loss weights", TO_WRITE),
     (two_callbacks, EVERY, NOT_AT_ALL, "this callback's loss weights", TO_WRITE),
     (the_same_callback_twice, EVERY, NOT_AT_ALL, "more than once", "callbacks=[dwa])"),
     (compiled_anew_without_the_weights, EVERY, NOT_AT_ALL, "`loss_weights=None`", TO_WRITE),
+    (compiled_anew_by_another_callback, EVERY, A_FEW_BATCHES, "{'easy': 10.0,", TO_WRITE),
+    (callback_list_without_a_model, EVERY, NOT_AT_ALL, "no model", "([dwa], model=model, ...)"),
     (one_loss_for_all_outputs, EVERY, NOT_AT_ALL, "one loss, 'mse', for all", TO_WRITE),
     (list_of_losses, EVERY, NOT_AT_ALL, "`loss` as a list", DICT_TO_WRITE),
+    (lists_within_a_dict_of_losses, EVERY, NOT_AT_ALL, "['mse']", "loss={'depth': 'mae',"),
     (list_of_weights, EVERY, NOT_AT_ALL, "must have the structure of `loss`", WEIGHTS_TO_WRITE),
     (weights_in_a_list_beside_a_loss_of_none, EVERY, NOT_AT_ALL, "'features': None}"),
     (swapped_weights, EVERY, NOT_AT_ALL, "each loss its own weight", WEIGHTS_TO_WRITE),
@@ -435,12 +485,15 @@ MISWIRINGS = [
         "['val_base_loss']",
         "another name",
     ),
+    (log_that_another_callback_takes, EVERY, A_FEW_BATCHES, "`logs` lacks ['easy_loss']"),
     (history_before_the_callback, EVERY, ONE_EPOCH, "`History`", "callbacks=[dwa, history]"),
     (train_step_with_other_logs, EVERY, A_FEW_BATCHES, "['loss', 'mine']", "self.compute_metrics("),
     (compute_loss_of_its_own, EVERY, A_FEW_BATCHES, "It has ['loss']", "super().compute_loss("),
     (compute_loss_that_ignores_the_weights, EVERY, THREE_EPOCHS, "base weights", "super().comp"),
     (compute_loss_that_ignores_the_compound_loss, EVERY, THREE_EPOCHS, "base weights", "Compound"),
     (compound_loss_that_is_never_called, EVERY, A_FEW_BATCHES, "nor called", COMPOUND_TO_WRITE),
+    (compound_loss_of_another_callback, EVERY, NOT_AT_ALL, "pass the callback that has it"),
+    (compound_loss_in_the_models_call, ("jax",), NOT_AT_ALL, "in the model's `compute_loss`"),
     (compound_loss_in_place_of_the_compiled_weights, EVERY, A_FEW_BATCHES, "without a loss"),
     (compound_loss_and_compiled_weights, EVERY, A_FEW_BATCHES, "as well", "Use one way only"),
     (losses_of_a_compound_loss_without_its_weights, EVERY, A_FEW_BATCHES, COMPOUND_TO_WRITE),
