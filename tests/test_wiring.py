@@ -576,6 +576,31 @@ def test_weights_that_do_not_reach_the_loss_are_found_over_several_fits():
         fit(model, dwa, epochs=1)
 
 
+@pytest.mark.parametrize(
+    "epochs",
+    [
+        # Other terms make up for the weights once; in the epochs before, they did not.
+        [(1.0, 1.0, 2.1), (0.5, 1.0, 1.6), (0.25, 1.0, 0.25 + 1.0)],
+        # The weights move by less than the sums of a training tell apart.
+        [(1.0, 1.0, None), (0.5, 0.500001, None), (0.25, 0.4, None)],
+    ],
+)
+def test_right_loss_that_is_near_the_sum_under_the_base_weights_is_no_alarm(epochs):
+    dwa = new()
+    model = compiled(dict_model(), dwa.loss_weights)
+    callbacks = keras.callbacks.CallbackList([dwa], add_history=True, model=model)
+    callbacks.on_train_begin()
+    for epoch, (easy, hard, loss) in enumerate(epochs):
+        weights = dwa.step()
+        if loss is None:
+            loss = weights["easy"] * easy + weights["hard"] * hard
+        callbacks.on_epoch_begin(epoch)
+        callbacks.on_train_batch_end(0)
+        callbacks.on_epoch_end(epoch, {"loss": loss, "easy_loss": easy, "hard_loss": hard})
+    callbacks.on_train_end()
+    assert model.history.history["easy_weight"][2] != 1.0
+
+
 def test_forgotten_callback_leaves_no_weights_in_the_logs():
     dwa = new()
     history = fit(compiled(dict_model(), dwa.loss_weights))
