@@ -86,7 +86,7 @@ def check_distribution(state: LossWeights) -> None:
 
 def check_log_names(names: Sequence[str]) -> None:
     """Raises a ValueError if two logs of outputs with these names would have the same key."""
-    keys = Counter(["loss", "val_loss", "base_loss", "val_base_loss"])
+    keys = Counter(["val_loss", "base_loss", "val_base_loss"])
     keys.update(f"{prefix}{name}_loss" for name in names for prefix in ("", "val_"))
     if twice := [key for key, count in keys.items() if count > 1]:
         raise ValueError(
