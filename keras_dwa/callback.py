@@ -68,7 +68,8 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             before the first step if the model was not compiled with these weights, after the first
             if its logs lack `<name>_loss`, and at the end of the first epoch whose weights clearly
             differ from the base weights if the loss is still the sum under those.
-        RuntimeError: from `fit`, if the callback is in another one at the same time.
+        RuntimeError: from `fit`, if the callback is in another one at the same time, or was shown
+            no model.
 
     Example:
 
