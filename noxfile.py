@@ -33,6 +33,8 @@ def run_tests(session, backend, *arguments, runner=("pytest",), files=("tests", 
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.absolute() / "jax")
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    # Many tests start processes, and to compile TensorFlow's Python files takes most of an import.
+    environment["PYTHONDONTWRITEBYTECODE"] = ""
     # A file is for one worker, since one block of the README builds on another.
     workers = ["-n", "2", "--dist", "loadfile"]
     session.run(*runner, *workers, *arguments, *files, env=environment)
