@@ -34,8 +34,9 @@ class LossWeight(keras.Variable):
             raise RuntimeError(
                 f"{self.name!r} has no value while an epoch runs, as Keras keeps it elsewhere on "
                 "JAX. Read it by `dwa.loss_weights`; call a compound loss in the model's "
-                "`compute_loss`, not in its `call`; for a second model that is trained meanwhile, "
-                "make a callback of its own."
+                "`compute_loss`, not in its `call`, and that one in a `train_step` by "
+                "`self.stateless_compute_loss`; for a second model that is trained meanwhile, make "
+                "a callback of its own."
             ) from error
 
     def __float__(self) -> float:
@@ -134,7 +135,8 @@ class LossWeights(keras.metrics.Metric):
             f"DynamicWeightAverage found loss weights assigned by hand, {by_hand}, and goes on "
             f"with its own, {own}. For weights of your own, give base weights,\n"
             "    dwa = keras_dwa.DynamicWeightAverage({name: weight, ...})\n"
-            "or compile with numbers; for those of a former run, read its weights file."
+            "or compile with numbers; for those of a former run, read its weights file. In a loop "
+            "of your own under `jax.jit`, read `dwa.variables` anew after each `step`."
         ]
 
     def start_recording(self) -> None:
@@ -191,6 +193,7 @@ class LossWeights(keras.metrics.Metric):
         """Writes the state into a weights file."""
         store["outputs"] = np.frombuffer(json.dumps(list(self.weights)).encode(), dtype=np.uint8)
         store["weights"] = np.array(list(self.values().values()))
+        store["base_weights"] = self.base_weights
         store["epoch_losses"] = self.epoch_losses
         store["epochs"] = np.array(self.epochs)
 
@@ -206,8 +209,12 @@ class LossWeights(keras.metrics.Metric):
                 f"outputs: keras_dwa.DynamicWeightAverage({outputs})"
             )
         order = [outputs.index(name) for name in self.weights]
+        weights = np.asarray(store["weights"])[order]
+        base_weights = np.asarray(store["base_weights"])[order]
+        lambdas = weights / base_weights
         self.update(
-            np.asarray(store["weights"])[order],
+            # Bit by bit as they were, where the base weights are as they were.
+            np.where(base_weights == self.base_weights, weights, lambdas * self.base_weights),
             np.asarray(store["epoch_losses"])[:, order],
             epochs=int(np.asarray(store["epochs"])),
         )

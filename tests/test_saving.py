@@ -6,7 +6,18 @@ import pickle
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, ComputeLoss, TwoHeads, X, Y, check_run, dict_model, heads, train
+from common import (
+    LOSSES,
+    ComputeLoss,
+    TwoHeads,
+    X,
+    Y,
+    check_run,
+    dict_model,
+    heads,
+    joined,
+    train,
+)
 
 from keras_dwa import DynamicWeightAverage
 
@@ -295,6 +306,49 @@ def test_weights_loaded_within_a_fit_are_not_warned_of(dwa, tmp_path):
     assert reloaded == [dwa.outputs]
     after_first = {key: [values[0], *values[4:]] for key, values in history.items()}
     check_run(after_first, dwa)
+
+
+@pytest.mark.parametrize("loaded_at", [0, 4])
+def test_weights_loaded_before_an_epoch_is_closed_are_not_those_it_had(dwa, tmp_path, loaded_at):
+    class RollBack(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            had.append(float(dwa.loss_weights["easy"]))
+
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch == loaded_at:
+                self.model.load_weights(tmp_path / "moved.weights.h5")
+
+    had = []
+    model = compiled_model(dwa)
+    train(model, dwa)
+    model.save_weights(tmp_path / "moved.weights.h5")
+    dwa.reset()
+    arguments = {"batch_size": 8, "epochs": 6, "verbose": 0, "callbacks": [RollBack(), dwa]}
+    history = model.fit(X, Y, **arguments).history
+    assert history["easy_weight"] == had
+    base_loss = 3 * np.array(history["easy_loss"]) + 0.5 * np.array(history["hard_loss"])
+    np.testing.assert_allclose(history["base_loss"], base_loss, rtol=1e-5)
+
+
+def test_callback_of_other_base_weights_goes_on_under_its_own(dwa, tmp_path):
+    model = compiled_model(dwa)
+    first = fit_on(model, dwa, epochs=3)
+    model.save_weights(tmp_path / "state.weights.h5")
+    other = DynamicWeightAverage({"easy": 1.0, "hard": 10.0}, temperature=0.2)
+    model = compiled_model(other)
+    model.optimizer.build(model.trainable_variables)
+    other.set_model(model)
+    model.load_weights(tmp_path / "state.weights.h5")
+    weights = other.step()
+    moved = dwa.step()
+    np.testing.assert_allclose(weights["easy"], moved["easy"] / 3, rtol=1e-6)
+    np.testing.assert_allclose(weights["hard"], moved["hard"] / 0.5 * 10, rtol=1e-6)
+    history = joined(first, fit_on(model, other, epochs=5, initial_epoch=3))
+    for name, base_weight in dwa.outputs.items():
+        of_first = history[f"{name}_weight"][:3]
+        history[f"{name}_weight"][:3] = np.array(of_first) / base_weight * other.outputs[name]
+    history.pop("loss")
+    check_run(history, other)
 
 
 def test_callback_that_comes_in_later_starts_afresh_without_a_warning(dwa):
