@@ -44,7 +44,9 @@ class DynamicWeightAverage(keras.callbacks.Callback):
     - `<name>_weight`: the weight that the epoch's losses had, so that `loss` is the sum of
       `<name>_weight * <name>_loss`, plus regularization;
     - `base_loss` and `val_base_loss`: the total loss under the base weights alone. Unlike
-      `val_loss` it does not move with the weights: it is the one to monitor.
+      `val_loss` it does not move with the weights: it is the one to monitor. (On TensorFlow, Keras
+      averages the total over samples, but its parts over batches, so that it moves a little if the
+      last batch is smaller.)
 
     Callbacks that read these come after this one in the list.
 
@@ -113,7 +115,9 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         self._thread: int | None = None
         self._warned_of_sign = False
         self._is_new = self._is_start = False
-        self._has_batches, self._looks_static = False, True
+        self._looks_static = True
+        # Those of the epoch under way. None until its first batch is done.
+        self._epoch_weights: dict[str, float] | None = None
 
     def __repr__(self) -> str:
         names: Any = self._outputs if set(self._outputs.values()) != {1.0} else list(self._outputs)
@@ -173,11 +177,19 @@ class DynamicWeightAverage(keras.callbacks.Callback):
 
         Raises:
             ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
+            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`.
         """
         self._sync()
         state = self._state
         messages = []
         if losses is None:
+            if state.in_logs and self._thread is not None:
+                raise RuntimeError(
+                    "`step` closes an epoch, which `fit` does itself. Read the weights by\n"
+                    "    dwa.loss_weights\n"
+                    "For a loop of your own after a `fit` that was broken off, end that one by\n"
+                    "    dwa.on_train_end()"
+                )
             losses = state.recorded_averages()
             if losses is None and state.called:
                 state.called = False
@@ -253,13 +265,14 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         messages = state.take_back()
         is_behind = self._is_start and epoch > state.epochs
         is_new, is_loaded = self._is_new, state.loaded
-        self._has_batches = self._is_new = state.loaded = False
+        self._is_new = state.loaded = False
+        self._epoch_weights = None
         epochs, state.epochs = state.epochs, epoch
         if is_behind and is_loaded:
             messages.append(
                 f"Training goes on with epoch {epoch + 1}, but the file that was read knows of "
-                f"only {epochs} before it, as it was written before DynamicWeightAverage moved "
-                "the weights. For the next run, list the callback that writes it last:\n"
+                f"only {epochs} before it: DynamicWeightAverage goes on from those. If a callback "
+                "wrote it before this one moved the weights, list that one last in the next run:\n"
                 "    callbacks=[dwa, keras.callbacks.BackupAndRestore(...)]"
             )
         elif is_behind and is_new:
@@ -272,20 +285,21 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         _warn(messages)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if self._has_batches:
+        if self._epoch_weights is not None:
             self._check_start()
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
-        if not self._has_batches:
+        if self._epoch_weights is None:
             if logs:
                 self._check_logs(logs)
-            self._has_batches = True
+            self._epoch_weights = dict(self._state.assigned)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._check_one_fit()
         logs = {} if logs is None else logs
-        if not self._has_batches:
+        weights, self._epoch_weights = self._epoch_weights, None
+        if weights is None:
             # Keras on JAX then puts back the variables' values of an epoch before.
             self._state.take_back()
             _warn(
@@ -298,10 +312,10 @@ class DynamicWeightAverage(keras.callbacks.Callback):
             return
         self._check_start()
         self._check_logs(logs)
-        losses, weights = self._losses_of(logs), self._state.values()
+        losses = self._losses_of(logs)
         logs.update({f"{name}_weight": weight for name, weight in weights.items()})
         logs["base_loss"] = self._base_loss(logs["loss"], losses, weights)
-        if weights == self._state.assigned:
+        if weights == self._state.values():
             self._check_effect(logs["loss"], losses, weights)
         new_weights = self.step(losses)
         if self.verbose > 0:
@@ -471,6 +485,16 @@ class DynamicWeightAverage(keras.callbacks.Callback):
         """Raises if the loss is, as in every epoch so far, the sum under the base weights."""
         weighted = sum(weights[name] * losses[name] for name in losses)
         static = sum(self.outputs[name] * losses[name] for name in losses)
+        if not math.isfinite(total + static):
+            return
+        if total == 0 < min(losses.values()):
+            raise ValueError(
+                f"`loss` was 0 in the logs, although its parts were {dict(losses)}. A `train_step` "
+                "of your own must update Keras's metric of it:\n"
+                "    for metric in self.metrics:\n"
+                "        if metric.name == 'loss':\n"
+                "            metric.update_state(loss)"
+            )
         self._looks_static &= math.isclose(total, static, rel_tol=1e-5)
         if self._looks_static and not math.isclose(weighted, static, rel_tol=1e-3):
             raise ValueError(

@@ -53,6 +53,17 @@ def test_fit_after_an_interrupted_one_goes_on(dwa, mode, way, error):
     check_run(joined(*(history.history for history in histories)), dwa)
 
 
+def test_loop_after_an_interrupted_fit_says_how_to_end_that_one(dwa):
+    model = ComputeLoss(dwa)
+    model.compile(keras.optimizers.SGD(0.05))
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=[dwa, RaiseWithin(1, KeyboardInterrupt)])
+    with pytest.raises(RuntimeError, match=r"closes an epoch(.|\n)* dwa\.on_train_end\(\)"):
+        dwa.step()
+    dwa.on_train_end()
+    assert dwa.step() != {"easy": 1.0, "hard": 1.0}
+
+
 def test_terminate_on_nan_leaves_sane_weights(dwa):
     model = dict_model()
     train(model, dwa, epochs=3)

@@ -338,6 +338,26 @@ def compound_loss_in_the_models_call():
     fit(model, dwa, y=None)
 
 
+def step_to_read_the_weights_within_fit():
+    dwa = new()
+    model = ComputeLoss(dwa)
+    model.compile("sgd")
+    read = keras.callbacks.LambdaCallback(on_train_batch_end=lambda batch, logs: dwa.step())
+    fit(model, read, dwa)
+
+
+def total_loss_that_no_step_updates():
+    class OwnLogs(ComputeLoss):
+        def get_metrics_result(self):
+            # As after a `train_step` that leaves out Keras's metric of the total.
+            return {**super().get_metrics_result(), "loss": 0.0}
+
+    dwa = new()
+    model = OwnLogs(dwa)
+    model.compile("sgd")
+    fit(model, dwa)
+
+
 def compound_loss_in_place_of_the_compiled_weights():
     dwa = new()
     fit(compiled(ComputeLoss(dwa), dwa.loss_weights), dwa)
@@ -498,6 +518,8 @@ MISWIRINGS = [
     (compound_loss_that_is_never_called, EVERY, A_FEW_BATCHES, "nor called", COMPOUND_TO_WRITE),
     (compound_loss_of_another_callback, EVERY, NOT_AT_ALL, "pass the callback that has it"),
     (compound_loss_in_the_models_call, ("jax",), NOT_AT_ALL, "in the model's `compute_loss`"),
+    (step_to_read_the_weights_within_fit, EVERY, A_FEW_BATCHES, "closes an epoch", "dwa.loss_w"),
+    (total_loss_that_no_step_updates, EVERY, ONE_EPOCH, "its parts were {'easy'", "update_state("),
     (compound_loss_in_place_of_the_compiled_weights, EVERY, A_FEW_BATCHES, "without a loss"),
     (compound_loss_and_compiled_weights, EVERY, A_FEW_BATCHES, "as well", "Use one way only"),
     (losses_of_a_compound_loss_without_its_weights, EVERY, A_FEW_BATCHES, COMPOUND_TO_WRITE),
@@ -578,6 +600,17 @@ def test_weights_that_do_not_reach_the_loss_are_found_over_several_fits():
         fit(model, dwa, epochs=1)
     with pytest.raises(ValueError, match="do not reach the loss"):
         fit(model, dwa, epochs=1)
+
+
+def test_weights_that_do_not_reach_the_loss_are_found_after_an_epoch_of_nan():
+    model, dwa = Unweighted(), new()
+    # Which skips a step whose gradient is not finite.
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.05), initial_scale=1.0)
+    nan = {**Y, "easy": np.full_like(Y["easy"], np.nan)}
+    with pytest.warns(UserWarning, match=r"'easy' \(nan\) is not finite"):
+        train(model, dwa, y=nan, optimizer=optimizer, epochs=1)
+    with pytest.raises(ValueError, match="do not reach the loss"):
+        fit(model, dwa)
 
 
 @pytest.mark.parametrize(
