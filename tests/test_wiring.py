@@ -620,6 +620,8 @@ def test_weights_that_do_not_reach_the_loss_are_found_after_an_epoch_of_nan():
         [(1.0, 1.0, 2.1), (0.5, 1.0, 1.6), (0.25, 1.0, 0.25 + 1.0)],
         # The weights move by less than the sums of a training tell apart.
         [(1.0, 1.0, None), (0.5, 0.500001, None), (0.25, 0.4, None)],
+        # There is nothing left to learn.
+        [(1.0, 1.0, None), (0.5, 1.0, None), (0.0, 0.0, None)],
     ],
 )
 def test_right_loss_that_is_near_the_sum_under_the_base_weights_is_no_alarm(epochs):
