@@ -351,6 +351,12 @@ def test_callback_of_other_base_weights_goes_on_under_its_own(dwa, tmp_path):
     check_run(history, other)
 
 
+def test_epochs_left_out_between_two_fits_are_not_warned_of(dwa):
+    model = compiled_model(dwa)
+    histories = fit_on(model, dwa, epochs=2), fit_on(model, dwa, initial_epoch=5, epochs=7)
+    check_run(joined(*histories), dwa)
+
+
 def test_callback_that_comes_in_later_starts_afresh_without_a_warning(dwa):
     model = dict_model()
     model.compile("sgd", LOSSES)
