@@ -1,9 +1,17 @@
-"""Dynamic Weight Average for the losses of multi-output Keras 3 models."""
+"""Loss weights that move while a Keras 3 model trains, on TensorFlow, JAX and torch."""
 
-from keras_dwa.callback import DynamicWeightAverage
 from keras_dwa.compound_loss import CompoundLoss
+from keras_dwa.dynamic_weight_average import DynamicWeightAverage
 from keras_dwa.formula import dwa_weights
+from keras_dwa.loss_weight_scheduler import LossWeightScheduler
+from keras_dwa.loss_weighting import LossWeighting
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
-__all__ = ["CompoundLoss", "DynamicWeightAverage", "dwa_weights"]
+__all__ = [
+    "CompoundLoss",
+    "DynamicWeightAverage",
+    "LossWeightScheduler",
+    "LossWeighting",
+    "dwa_weights",
+]

@@ -5,21 +5,21 @@ from typing import Any
 
 import keras
 
-from keras_dwa.callback import DynamicWeightAverage
+from keras_dwa.loss_weighting import LossWeighting
 from keras_dwa.loss_weights import LossWeight, widest_float
 
 
 class CompoundLoss(keras.losses.Loss):
-    """The weighted sum of several losses, under the weights of a `DynamicWeightAverage`.
+    """The weighted sum of several losses, under the weights of a `LossWeighting`.
 
     For what `compile(loss_weights=...)` cannot do: training loops of your own, and loss terms that
     are not outputs of the model (a VAE's reconstruction and KL divergence, a PINN's residual and
     boundary terms).
 
-    Each call also records the unweighted losses. In a loop of your own, `dwa.step()` at the end of
-    an epoch moves the weights by what was recorded. Under `fit`, with a `Model.compute_loss` that
-    calls the compound loss, pass `dwa` as a callback: the losses then appear in the logs as
-    `<name>_loss`, and the callback does the rest.
+    Each call also records the unweighted losses. In a loop of your own, `weighting.step()` at the
+    end of an epoch moves the weights by what was recorded. Under `fit`, with a
+    `Model.compute_loss` that calls the compound loss, pass `weighting` as a callback: the losses
+    then appear in the logs as `<name>_loss`, and the callback does the rest.
 
     Use it once in a step: each use counts as a batch of its own.
 
@@ -29,10 +29,10 @@ class CompoundLoss(keras.losses.Loss):
     Args:
         losses: output name to loss: anything that `keras.losses.get` takes, a name, a function or a
             `keras.losses.Loss`. A sequence of names, when you only `combine` terms.
-        dwa: the callback with the weights. Its outputs must be the same names.
+        weighting: the callback with the weights, of any rule. Its outputs must be the same names.
 
     Raises:
-        ValueError: if `losses` and `dwa` have different names, or a loss is not one.
+        ValueError: if `losses` and `weighting` have different names, or a loss is not one.
 
     Example:
 
@@ -50,24 +50,24 @@ class CompoundLoss(keras.losses.Loss):
     {'depth': 1.0, 'normals': 1.0}
     """
 
-    def __init__(
-        self, losses: Mapping[str, Any] | Sequence[str], dwa: DynamicWeightAverage
-    ) -> None:
+    def __init__(self, losses: Mapping[str, Any] | Sequence[str], weighting: LossWeighting) -> None:
         super().__init__(name="compound_loss")
-        if not isinstance(dwa, DynamicWeightAverage):
-            raise ValueError(f"`dwa` must be a DynamicWeightAverage. Found {dwa!r}.")
+        if not isinstance(weighting, LossWeighting):
+            raise ValueError(f"`weighting` must be a LossWeighting. Found {weighting!r}.")
+        outputs = list(weighting.outputs)
         names = list(losses) if isinstance(losses, (Mapping, list, tuple)) else []
-        if len(names) != len(dwa.outputs) or set(names) != set(dwa.outputs):
+        if sorted(names, key=str) != sorted(outputs):
             raise ValueError(
-                f"`losses` must have the names of `dwa`, {list(dwa.outputs)}. Found {losses!r}."
+                f"`losses` must have the names of `weighting`, {outputs}. Found {losses!r}."
             )
         self._identifiers = dict(losses) if isinstance(losses, Mapping) else {}
         self._losses = {name: _as_loss(loss) for name, loss in self._identifiers.items()}
-        self._dwa = dwa
-        self._dwa._state.start_recording()
+        self._weighting = weighting
+        weighting._weights.start_recording()
 
     def __repr__(self) -> str:
-        return f"CompoundLoss({self._identifiers or list(self._dwa.outputs)}, {self._dwa!r})"
+        losses = self._identifiers or list(self._weighting.outputs)
+        return f"CompoundLoss({losses}, {self._weighting!r})"
 
     @property
     def losses(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class CompoundLoss(keras.losses.Loss):
     @property
     def loss_weights(self) -> dict[str, LossWeight]:
         """The weights by output name: for `compile(loss_weights=...)`."""
-        return self._dwa.loss_weights
+        return self._weighting.loss_weights
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """The weighted sum of the outputs' losses; records the unweighted losses.
@@ -127,10 +127,11 @@ class CompoundLoss(keras.losses.Loss):
         Raises:
             ValueError: if `values` has other names than the callback, or a value is not a scalar.
         """
-        if not isinstance(values, Mapping) or set(values) != set(self._dwa.outputs):
+        if not isinstance(values, Mapping) or set(values) != set(self._weighting.outputs):
             found = list(values) if isinstance(values, Mapping) else values
             raise ValueError(
-                f"`combine` takes one term for each of {list(self._dwa.outputs)}. Found {found}."
+                f"`combine` takes one term for each of {list(self._weighting.outputs)}. Found "
+                f"{found}."
             )
         return self._combine(values, samples)
 
@@ -142,7 +143,7 @@ class CompoundLoss(keras.losses.Loss):
         Throw the variables that it returns away to leave the record alone, as in validation.
 
         Args:
-            variables: the values of `dwa.variables`, in order.
+            variables: the values of `weighting.variables`, in order.
             y_true: as in a call.
             y_pred: as in a call.
             sample_weight: as in a call.
@@ -151,7 +152,7 @@ class CompoundLoss(keras.losses.Loss):
             The loss, and the new values of the variables.
 
         Raises:
-            ValueError: as in a call, or if `variables` are not as many as `dwa.variables`.
+            ValueError: as in a call, or if `variables` are not as many as `weighting.variables`.
         """
         return self._stateless(variables, lambda: self(y_true, y_pred, sample_weight))
 
@@ -161,7 +162,7 @@ class CompoundLoss(keras.losses.Loss):
         """The same as `combine`, as a pure function: for `jax.jit` and the like.
 
         Args:
-            variables: the values of `dwa.variables`, in order.
+            variables: the values of `weighting.variables`, in order.
             values: as in `combine`.
             samples: as in `combine`.
 
@@ -169,7 +170,7 @@ class CompoundLoss(keras.losses.Loss):
             The loss, and the new values of the variables.
 
         Raises:
-            ValueError: as in `combine`, or if `variables` are not as many as `dwa.variables`.
+            ValueError: as in `combine`, or if `variables` are not as many as `weighting.variables`.
         """
         return self._stateless(variables, lambda: self.combine(values, samples))
 
@@ -182,20 +183,20 @@ class CompoundLoss(keras.losses.Loss):
     def _stateless(
         self, variables: Sequence[Any], compute_loss: Callable[[], Any]
     ) -> tuple[Any, list[Any]]:
-        references = self._dwa.variables
+        references = self._weighting.variables
         if len(variables) != len(references):
             raise ValueError(
-                f"`variables` must be the values of `dwa.variables`, {len(references)} of them. "
-                f"Found {len(variables)}."
+                "`variables` must be the values of `weighting.variables`, "
+                f"{len(references)} of them. Found {len(variables)}."
             )
         with keras.StatelessScope(zip(references, variables, strict=True)) as scope:
             loss = compute_loss()
         return loss, [scope.get_current_value(variable) for variable in references]
 
     def _combine(self, values: Mapping[str, Any], samples: Any) -> Any:
-        state = self._dwa._state
-        terms = [keras.ops.convert_to_tensor(values[name]) for name in state.weights]
-        for name, term in zip(state.weights, terms, strict=True):
+        state = self._weighting._weights
+        terms = [keras.ops.convert_to_tensor(values[name]) for name in state.names]
+        for name, term in zip(state.names, terms, strict=True):
             if term.shape != ():
                 raise ValueError(
                     f"Each loss must be a scalar. Found the shape {tuple(term.shape)} for "
@@ -204,9 +205,7 @@ class CompoundLoss(keras.losses.Loss):
         dtype = widest_float(keras.config.floatx(), *(term.dtype for term in terms))
         stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
         # Read first: where they have no value, they say why.
-        weights = keras.ops.stack(
-            [keras.ops.cast(weight, dtype) for weight in state.weights.values()]
-        )
+        weights = keras.ops.cast(state.vector, dtype)
         state.update_state(stacked, samples)
         return keras.ops.sum(stacked * keras.ops.stop_gradient(weights))
 
@@ -214,7 +213,7 @@ class CompoundLoss(keras.losses.Loss):
         if not self._losses:
             raise ValueError(
                 f"This compound loss has names only and can only `combine`. Found {self!r}. Give "
-                "each name its loss: CompoundLoss({name: loss, ...}, dwa)"
+                "each name its loss: CompoundLoss({name: loss, ...}, weighting)"
             )
 
     def _check_outputs(self, argument: str, outputs: Any) -> None:

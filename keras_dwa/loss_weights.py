@@ -1,47 +1,53 @@
-"""Live loss weights: variables that a compiled step reads, and the state that a model tracks."""
+"""Live loss weights: the vector that a compiled step reads, its entries, its state in files."""
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
+Vector = NDArray[np.float64]
+
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
 class LossWeight(keras.Variable):
-    """The weight of one output's loss: a non-trainable scalar variable of dtype `floatx`.
+    """The weight of one output's loss: a read-only scalar of dtype `floatx`, an entry of a vector.
 
     Keras accepts it in `compile(loss_weights=...)` and multiplies the loss by its current value. A
     saved model holds that value as a plain float, so that it loads as an ordinary compiled model.
     """
 
-    def __init__(self, value: float, output: str) -> None:
+    def __init__(self, vector: keras.Variable, index: int, output: str) -> None:
+        # Keras gives every variable storage of its own. Nothing reads this one's.
         super().__init__(
-            value,
-            dtype=keras.config.floatx(),
+            0.0,
+            dtype=vector.dtype,
             trainable=False,
             autocast=False,
             name=f"{output}_weight".replace("/", "."),  # Keras keeps "/" for paths.
         )
+        self._vector, self._index, self._output = vector, index, output
 
     @property
     def value(self) -> Any:
-        try:
-            return super().value
-        except TypeError as error:
-            raise RuntimeError(
-                f"{self.name!r} has no value while an epoch runs, as Keras keeps it elsewhere on "
-                "JAX. Read it by `dwa.loss_weights`; call a compound loss in the model's "
-                "`compute_loss`, not in its `call`, and that one in a `train_step` by "
-                "`self.stateless_compute_loss`; for a second model that is trained meanwhile, make "
-                "a callback of its own."
-            ) from error
+        return self._vector.value[self._index]
+
+    def assign(self, value: Any) -> NoReturn:
+        raise RuntimeError(
+            f"A loss weight is read-only. Found {value!r} assigned to {self.name!r}. Write\n"
+            f"    weighting.assign({{{self._output!r}: factor}})"
+        )
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
 
     def __float__(self) -> float:
         # By way of a tensor, since `float` of a variable under a tf.distribute strategy fails.
-        return float(to_numpy(keras.ops.convert_to_tensor(self)))
+        return float(to_numpy(keras.ops.convert_to_tensor(self._vector)[self._index]))
 
     def get_config(self) -> dict[str, float]:
         return {"value": float(self)}
@@ -51,8 +57,38 @@ class LossWeight(keras.Variable):
         return config["value"]
 
 
+class LossWeightVector(keras.Variable):
+    """All loss weights: a variable of shape `(K,)` that says where it has no value."""
+
+    @property
+    def value(self) -> Any:
+        try:
+            return super().value
+        except TypeError as error:
+            raise RuntimeError(
+                f"{self.name!r} has no value while an epoch runs on JAX. Read it by `weighting."
+                "loss_weights`; call a compound loss in the model's `compute_loss`, not in its "
+                "`call`; make a weighting for each model."
+            ) from error
+
+
+@dataclass(frozen=True)
+class State:
+    """What a weighting knows between two epochs, replaced as a whole.
+
+    Attributes:
+        factors: what the base weights are multiplied by: float64, shape `(K,)`.
+        memory: name to array, whatever the rule keeps.
+        epochs: how many epochs were closed: in `fit`, those that come before the current one.
+    """
+
+    factors: Vector
+    memory: dict[str, Any]
+    epochs: int
+
+
 class LossWeights(keras.metrics.Metric):
-    """The loss weights of all outputs, with the epoch averages that the next weights come from.
+    """The loss weights of all outputs, their rule's state, and the losses recorded.
 
     It is a metric because a model hands the variables of its metrics to every step, where JAX would
     otherwise freeze them, without counting them among its own weights. As a metric it averages the
@@ -62,12 +98,13 @@ class LossWeights(keras.metrics.Metric):
         base_weights: output name to base weight.
 
     Attributes:
-        weights: output name to `LossWeight`.
-        base_weights: float64 array of shape `(K,)`, in the order of `weights`.
-        epoch_losses: the last averages known, oldest first: float64, shape `(0 to 2, K)`.
-        epochs: how many epochs were closed: in `fit`, those that come before the current one.
-        assigned: the values that `weights` were given last, as floats, by output name.
-        loaded: whether the state was read from a file, and no epoch has begun since.
+        names: the outputs' names, in the order of the arrays of shape `(K,)`.
+        base_weights: float64 array of shape `(K,)`.
+        vector: the weights, as the step reads them: a variable of shape `(K,)` and dtype `floatx`.
+        entries: output name to `LossWeight`.
+        assigned: the values that `vector` was given last: float64, shape `(K,)`.
+        state: factors, memory and epochs.
+        file: what was read since the last epoch began: "state", "no state", or None for no file.
         record: the sums of the K losses recorded since the last reset, then their number: a
             variable of shape `(K + 1,)`, float32 or wider. None until `start_recording`.
         called: whether `update_state` was called since the last epoch was closed, be it in a trace.
@@ -76,9 +113,20 @@ class LossWeights(keras.metrics.Metric):
     """
 
     def __init__(self, base_weights: Mapping[str, float]) -> None:
-        super().__init__(name="dynamic_weight_average")
-        self.weights = {name: LossWeight(value, name) for name, value in base_weights.items()}
+        super().__init__(name="loss_weighting")
+        self.names = tuple(base_weights)
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
+        self.vector = LossWeightVector(
+            self.base_weights,
+            dtype=keras.config.floatx(),
+            trainable=False,
+            autocast=False,
+            name="loss_weights",
+        )
+        # In a proxy, where Keras does not look for variables to track.
+        self.entries = MappingProxyType(
+            {name: LossWeight(self.vector, k, name) for k, name in enumerate(self.names)}
+        )
         self.is_distributed = keras.distribution.distribution() is not None
         self.record: Any = None
         self.in_logs = False
@@ -86,64 +134,47 @@ class LossWeights(keras.metrics.Metric):
 
     def __reduce__(self) -> Any:
         # Keras would pickle a saved metric, which holds only what `get_config` gives.
-        state: dict[str, Any] = {}
-        self.save_own_variables(state)
-        base_weights = dict(zip(self.weights, self.base_weights.tolist(), strict=True))
-        return _unpickle, (base_weights, state)
+        stored: dict[str, Any] = {}
+        self.save_own_variables(stored)
+        return _unpickle, (self.by_name(self.base_weights), stored)
+
+    def by_name(self, values: Vector) -> dict[str, float]:
+        """An array of shape `(K,)` as floats by output name."""
+        return dict(zip(self.names, values.tolist(), strict=True))
+
+    def values(self) -> Vector:
+        """The weights as the step reads them: float64, shape `(K,)`."""
+        return to_numpy(keras.ops.convert_to_tensor(self.vector)).astype(np.float64)
 
     def reset(self) -> None:
-        """Goes back to the base weights and forgets every epoch."""
-        self.loaded = False
-        self.update(self.base_weights, np.empty((0, len(self.weights))), epochs=0)
+        """Goes back to the base weights and forgets everything."""
+        self.file: str | None = None
+        self.replace(State(np.ones(len(self.names)), {}, epochs=0), forget_record=True)
 
-    def update(
-        self, weights: NDArray[np.floating[Any]], epoch_losses: NDArray[np.float64], epochs: int
-    ) -> None:
-        """Replaces the state and forgets what was recorded: as a whole, even on Ctrl-C."""
+    def replace(self, state: State, forget_record: bool = False) -> None:
+        """Goes over to `state`: as a whole, even on Ctrl-C."""
         try:
-            self._update(weights, epoch_losses, epochs)
+            self._replace(state, forget_record)
         except KeyboardInterrupt:
-            self._update(weights, epoch_losses, epochs)
+            self._replace(state, forget_record)
             raise
 
-    def _update(
-        self, weights: NDArray[np.floating[Any]], epoch_losses: NDArray[np.float64], epochs: int
-    ) -> None:
-        for variable, weight in zip(self.weights.values(), weights, strict=True):
-            # An array, since TensorFlow keeps every Python number that it has ever converted.
-            variable.assign(np.array(weight))
+    def _replace(self, state: State, forget_record: bool) -> None:
+        # An array, since TensorFlow keeps every Python number that it has ever converted. Assigned
+        # even where nothing moves: on JAX, Keras 3.10 compiles the step once more when a variable
+        # of the model is assigned between epochs for the first time.
+        self.vector.assign(self.base_weights * state.factors)
         self.assigned = self.values()
-        self.epoch_losses = epoch_losses
-        self.epochs = epochs
-        self.called = False
-        self.reset_state()
-
-    def values(self) -> dict[str, float]:
-        """The weights as floats, by output name."""
-        return {name: float(weight) for name, weight in self.weights.items()}
-
-    def take_back(self) -> list[str]:
-        """Puts back the weights that were assigned by hand; returns what there is to warn of."""
-        found = self.values()
-        own = {name: value for name, value in self.assigned.items() if found[name] != value}
-        if not own:
-            return []
-        for name, value in own.items():
-            self.weights[name].assign(np.array(value))
-        by_hand = {name: found[name] for name in own}
-        return [
-            f"DynamicWeightAverage found loss weights assigned by hand, {by_hand}, and goes on "
-            f"with its own, {own}. For weights of your own, give base weights,\n"
-            "    dwa = keras_dwa.DynamicWeightAverage({name: weight, ...})\n"
-            "or compile with numbers; for those of a former run, read its weights file. In a loop "
-            "of your own under `jax.jit`, read `dwa.variables` anew after each `step`."
-        ]
+        self.state = state
+        if forget_record:
+            self.called = False
+            self.reset_state()
 
     def start_recording(self) -> None:
         """Makes the variable that `update_state` records in."""
         if self.record is None:
             self.record = self.add_variable(
-                shape=(len(self.weights) + 1,),
+                shape=(len(self.names) + 1,),
                 initializer="zeros",
                 dtype=widest_float(keras.config.floatx(), "float32"),
                 name="record",
@@ -171,7 +202,7 @@ class LossWeights(keras.metrics.Metric):
             return {}
         record = keras.ops.convert_to_tensor(self.record)
         averages = record[:-1] / record[-1]
-        return {f"{name}_loss": averages[k] for k, name in enumerate(self.weights)}
+        return {f"{name}_loss": averages[k] for k, name in enumerate(self.names)}
 
     def recorded_averages(self) -> dict[str, float] | None:
         """The recorded averages as floats by output name; None where nothing was recorded."""
@@ -181,44 +212,44 @@ class LossWeights(keras.metrics.Metric):
             *sums, samples = keras.ops.convert_to_numpy(self.record).tolist()
         except TypeError as error:
             raise ValueError(
-                "The losses were recorded in a function under `jax.jit`, where a variable cannot "
-                "keep them. Use the compound loss's `stateless_call` or `stateless_combine` there, "
-                "and assign the variables that it returns to `dwa.variables`."
+                "The losses were recorded under `jax.jit`, where a variable cannot keep them. Use "
+                "`stateless_call` or `stateless_combine` there, and assign the variables that it "
+                "returns to `weighting.variables`."
             ) from error
         if samples == 0:
             return None
-        return {name: value / samples for name, value in zip(self.weights, sums, strict=True)}
+        return {name: value / samples for name, value in zip(self.names, sums, strict=True)}
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into a weights file."""
-        store["outputs"] = np.frombuffer(json.dumps(list(self.weights)).encode(), dtype=np.uint8)
-        store["weights"] = np.array(list(self.values().values()))
-        store["base_weights"] = self.base_weights
-        store["epoch_losses"] = self.epoch_losses
-        store["epochs"] = np.array(self.epochs)
+        memory = self.state.memory
+        store["outputs"] = _as_array(list(self.names))
+        store["factors"] = self.state.factors
+        store["epochs"] = np.array(self.state.epochs)
+        # By number, for a name may be none that a file can have.
+        store["memory"] = _as_array(list(memory))
+        for index, value in enumerate(memory.values()):
+            store[f"memory_{index}"] = np.asarray(value)
 
     def load_own_variables(self, store: Any) -> None:
         """Reads the state from a weights file; keeps its own if the file has none."""
+        self.file = "state" if store.keys() else "no state"
         if not store.keys():
             return
-        outputs = json.loads(bytes(np.asarray(store["outputs"])))
-        if sorted(outputs) != sorted(self.weights):
+        outputs = _as_names(store["outputs"])
+        if sorted(outputs) != sorted(self.names):
             raise ValueError(
-                f"The file holds Dynamic Weight Average's state for the outputs {outputs}, but "
-                f"this callback has {list(self.weights)}. Make the callback with the file's "
-                f"outputs: keras_dwa.DynamicWeightAverage({outputs})"
+                f"The file holds the loss weights of {outputs}, but this callback has "
+                f"{list(self.names)}. Make it with the file's outputs:\n    outputs={outputs}"
             )
-        order = [outputs.index(name) for name in self.weights]
-        weights = np.asarray(store["weights"])[order]
-        base_weights = np.asarray(store["base_weights"])[order]
-        lambdas = weights / base_weights
-        self.update(
-            # Bit by bit as they were, where the base weights are as they were.
-            np.where(base_weights == self.base_weights, weights, lambdas * self.base_weights),
-            np.asarray(store["epoch_losses"])[:, order],
-            epochs=int(np.asarray(store["epochs"])),
-        )
-        self.loaded = True
+        order = [outputs.index(name) for name in self.names]
+        memory = {
+            name: np.asarray(store[f"memory_{index}"])
+            for index, name in enumerate(_as_names(store["memory"]))
+        }
+        epochs = int(np.asarray(store["epochs"]))
+        state = State(np.asarray(store["factors"])[order], memory, epochs)
+        self.replace(state, forget_record=True)
 
 
 def widest_float(*dtypes: Any) -> str:
@@ -235,7 +266,22 @@ def to_numpy(tensor: Any) -> NDArray[Any]:
     return array
 
 
-def _unpickle(base_weights: dict[str, float], state: dict[str, Any]) -> LossWeights:
+def as_float(value: Any) -> float | None:
+    """A real number, or a scalar array or tensor of one, as a float; None for anything else."""
+    array = to_numpy(value) if hasattr(value, "dtype") else np.asarray(value)
+    return float(array) if array.shape == () and array.dtype.kind in "biuf" else None
+
+
+def _as_array(names: list[str]) -> NDArray[np.uint8]:
+    return np.frombuffer(json.dumps(names).encode(), dtype=np.uint8)
+
+
+def _as_names(array: Any) -> list[str]:
+    names: list[str] = json.loads(bytes(np.asarray(array)))
+    return names
+
+
+def _unpickle(base_weights: dict[str, float], stored: dict[str, Any]) -> LossWeights:
     loss_weights = LossWeights(base_weights)
-    loss_weights.load_own_variables(state)
+    loss_weights.load_own_variables(stored)
     return loss_weights

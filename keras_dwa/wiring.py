@@ -1,46 +1,50 @@
-"""Whether the loss weights reach the right losses, and the logs the right reader."""
+"""Every check of how a weighting and its model were put together, and its message."""
 
+import math
+import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
-from keras_dwa._keras_internals import compiled_loss_weights
-from keras_dwa.loss_weights import LossWeight, LossWeights
+from keras_dwa._keras_internals import compiled_loss_weights, track
+from keras_dwa.loss_weights import LossWeights, Vector
 
 
-def is_compiled_with(model: keras.Model, ours: Mapping[str, LossWeight]) -> bool:
+def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:
     """Whether `model` was compiled with any of our weights."""
     compiled = keras.tree.flatten(compiled_loss_weights(model))
-    return any(weight is own for weight in compiled for own in ours.values())
+    return any(weight is own for weight in compiled for own in weights.entries.values())
 
 
-def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
+def check_compiled(model: keras.Model, weights: LossWeights) -> None:
     """Raises a ValueError that shows the call to write, unless each loss of `model` has its weight.
 
     Args:
         model: a compiled model.
-        ours: output name to the weight that its loss must have.
+        weights: those of the callback, whose entries the losses must have.
     """
     loss, loss_weights = model.loss, compiled_loss_weights(model)
+    ours = weights.entries
     output_names = getattr(model, "output_names", list(ours))
     if loss is None:
         raise ValueError(
             f"`model` was compiled without a loss. Write\n    {_compile_call(output_names)}\n"
             "If it calls a compound loss, pass the callback that has it."
         )
-    if not is_compiled_with(model, ours):
+    if not is_compiled_with(model, weights):
         raise ValueError(
             "`model` was not compiled with this callback's loss weights: they would have no "
             f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}\n"
-            "Factors of your own are base weights: keras_dwa.DynamicWeightAverage({name: factor})"
+            "Numbers of your own are base weights: outputs={name: number}"
         )
     if isinstance(loss, (list, tuple)):
         raise ValueError(
             "`model` was compiled with `loss` as a list, which Keras pairs with `loss_weights` in "
-            "alphabetical order of the names. Compile with a dict (a subclassed model must return "
-            f"one, too):\n    {_compile_call(output_names)}"
+            "alphabetical order. Compile with a dict (a subclassed model must return one, too):\n"
+            f"    {_compile_call(output_names)}"
         )
     if not isinstance(loss, dict):
         if max(len(output_names), len(ours)) > 1:
@@ -53,7 +57,7 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
     if any(isinstance(key, int) for path in losses for key in path):
         raise ValueError(
             f"`model` was compiled with a list within `loss={loss}`. Write each loss by itself, "
-            "and give a model with nested outputs dicts of them:\n"
+            "and nested outputs as dicts:\n"
             "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
         )
     names = {path: _path_name(path) for path, value in losses.items() if value is not None}
@@ -61,51 +65,114 @@ def check_compiled(model: keras.Model, ours: Mapping[str, LossWeight]) -> None:
         found = list(names.values())
         raise ValueError(
             f"`model` was compiled with losses for {found}, but the callback has the outputs "
-            f"{list(ours)}. Write\n    dwa = keras_dwa.DynamicWeightAverage({found})\n"
+            f"{list(ours)}. Make it with\n    outputs={found}\nand write\n"
             f"    {_compile_call(found)}"
         )
     # Keras pairs other structures by their order, which is not the same on every backend.
-    weights = dict(keras.tree.flatten_with_path(loss_weights))
-    if weights.keys() != losses.keys() or any(weights[p] is not ours[names[p]] for p in names):
+    paths = dict(keras.tree.flatten_with_path(loss_weights))
+    if paths.keys() != losses.keys() or any(paths[p] is not ours[names[p]] for p in names):
         raise ValueError(
             f"`loss_weights={loss_weights}` must have the structure of `loss`, and each loss its "
             f"own weight. Compile with\n    loss_weights={_loss_weights_like(loss)}"
         )
 
 
-def check_distribution(state: LossWeights) -> None:
+def check_distribution(weights: LossWeights) -> None:
     """Raises a ValueError if JAX would refuse the weights together with a distributed model."""
     distribution = keras.distribution.distribution()
-    if keras.backend.backend() == "jax" and distribution is not None and not state.is_distributed:
+    if keras.backend.backend() == "jax" and distribution is not None and not weights.is_distributed:
         raise ValueError(
-            f"The callback was made before the distribution was set. Found {distribution}. Write\n"
-            "    keras.distribution.set_distribution(...)\n"
-            f"    dwa = keras_dwa.DynamicWeightAverage({list(state.weights)})"
+            f"The callback was made before the distribution was set. Found {distribution}. Call\n"
+            "    keras.distribution.set_distribution(...)\nand then make the callback."
         )
 
 
-def check_log_names(names: Sequence[str]) -> None:
-    """Raises a ValueError if two logs of outputs with these names would have the same key."""
-    keys = Counter(["val_loss", "base_loss", "val_base_loss"])
-    keys.update(f"{prefix}{name}_loss" for name in names for prefix in ("", "val_"))
-    if twice := [key for key, count in keys.items() if count > 1]:
+def attach(model: keras.Model, weights: LossWeights) -> None:
+    """Sets the weights as an attribute of `model`, or raises a ValueError."""
+    former = getattr(model, weights.name, None)
+    if not isinstance(former, LossWeights | None):
         raise ValueError(
-            f"The logs of outputs with these names would have {twice} twice: Keras logs "
-            "`<name>_loss` and `val_<name>_loss`, and DynamicWeightAverage `base_loss`. Rename an "
-            f"output. Found {list(names)}."
+            f"`model.{weights.name}` is taken: the loss weights are kept there. Found {former!r}. "
+            "Give that another name."
+        )
+    track(model, weights)
+    if weights.in_logs:
+        # As `compile` does: a step that TensorFlow traced before does not return our logs.
+        model.train_function = model.test_function = None
+    tracked = {id(variable) for variable in model.metrics_variables}
+    if not tracked.issuperset(map(id, weights.variables)):
+        raise ValueError(
+            f"`{type(model).__name__}.metrics` hides the loss weights from the training step, in "
+            "which JAX would freeze them. Return `[*super().metrics, ...]` from it."
         )
 
 
-def check_metrics(model: keras.Model, state: LossWeights) -> None:
+def check_attached(model: keras.Model | None, weights: LossWeights, callback: Any) -> None:
+    """Raises an error unless the `fit` that begins trains `model` by this weighting alone."""
+    if model is None:
+        raise RuntimeError(
+            f"{callback!r} was given no model. Write\n"
+            "    keras.callbacks.CallbackList([weighting], model=model, ...)"
+        )
+    if (attached := getattr(model, weights.name)) is not weights:
+        raise ValueError(
+            f"`callbacks` has two weightings for one model. Found {callback!r} beside one of "
+            f"{list(attached.names)}. Make one with all outputs."
+        )
+
+
+def check_no_fit(thread: int | None) -> None:
+    """Raises a RuntimeError if a `fit` is under way, or was broken off."""
+    if thread is not None:
+        raise RuntimeError(
+            "`step` closes an epoch, which `fit` does itself. Read the weights by\n"
+            "    weighting.loss_weights\n"
+            "For a loop of your own after a `fit` that was broken off, end that one by\n"
+            "    weighting.on_train_end()"
+        )
+
+
+def check_one_fit(thread: int | None, callback: Any) -> None:
+    """Raises a RuntimeError unless `thread`, that of the `fit` that began last, is this one."""
+    if thread != threading.get_ident():
+        raise RuntimeError(
+            f"{callback!r} was used by another `fit` at the same time, or in another thread; or "
+            "`on_train_begin` was not called. Make one for each model, and in a loop of your own "
+            "call\n    weighting.step({name: average, ...})"
+        )
+
+
+def check_first_batches(model: keras.Model, weights: LossWeights) -> None:
+    """Raises a ValueError if the steps that were run did not use the weights once for each loss."""
+    if not weights.in_logs:
+        # Again, for a callback may have compiled the model since.
+        check_compiled(model, weights)
+    _check_metrics(model, weights)
+    called = weights.recorded_averages() is not None
+    if weights.in_logs and not called:
+        raise ValueError(
+            "`model` neither was compiled with the loss weights nor called the compound loss of "
+            "this callback. Call it in `compute_loss`, or write\n"
+            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+        )
+    if called and not weights.in_logs:
+        raise ValueError(
+            "The compound loss was called in training, and the model compiled with its weights as "
+            "well. Use one way only; validate by `stateless_call`. (`compile` without a loss keeps "
+            "the former one: make the model anew.)"
+        )
+
+
+def _check_metrics(model: keras.Model, weights: LossWeights) -> None:
     """Raises a ValueError if the logs of an output's loss would be those of another metric."""
     keys = Counter(metric.name for metric in model.metrics)
-    # One is Keras's own for a loss in `compile`; a compound loss has `state`, of another name.
-    expected = 0 if state.in_logs else 1
-    taken = [key for name in state.weights if keys[key := f"{name}_loss"] > expected]
-    if taken and state.in_logs:
+    # One is Keras's own for a loss in `compile`; a compound loss has `weights`, of another name.
+    expected = 0 if weights.in_logs else 1
+    taken = [key for name in weights.names if keys[key := f"{name}_loss"] > expected]
+    if taken and weights.in_logs:
         raise ValueError(
-            f"`model` has metrics named {taken}, which would replace the losses that the compound "
-            "loss logs by itself. Leave them out; or, for losses in `compile`, write\n"
+            f"`model` has metrics named {taken}, in place of what the compound loss logs. Leave "
+            "them out, or write\n"
             "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
         )
     if taken:
@@ -113,6 +180,99 @@ def check_metrics(model: keras.Model, state: LossWeights) -> None:
             f"`model` has other metrics named {taken}, which would replace the outputs' losses in "
             f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')"
         )
+
+
+def check_effect(
+    total: float, losses: Vector, weights: LossWeights, had: Vector, looks_static: bool
+) -> bool:
+    """Raises a ValueError if the loss is, as in every epoch so far, the sum under the base weights.
+
+    Args:
+        total: the logged loss.
+        losses: its unweighted parts.
+        weights: those of the weighting.
+        had: the weights that all batches of the epoch had.
+        looks_static: whether the loss was that sum in every epoch before.
+
+    Returns:
+        The `looks_static` of the next epoch.
+    """
+    weighted, static = float(had @ losses), float(weights.base_weights @ losses)
+    if not math.isfinite(total + static):
+        return looks_static
+    if total == 0 < weighted and min(losses) > 0:
+        raise ValueError(
+            f"`loss` was 0 in the logs, although its parts were {weights.by_name(losses)}. A "
+            "`train_step` of your own must update Keras's metric of it:\n"
+            "    for metric in self.metrics:\n"
+            "        if metric.name == 'loss':\n"
+            "            metric.update_state(loss)"
+        )
+    looks_static = looks_static and math.isclose(total, static, rel_tol=1e-5)
+    if looks_static and not math.isclose(weighted, static, rel_tol=1e-3):
+        raise ValueError(
+            f"The weights do not reach the loss: it was {total}, the sum under the base weights, "
+            f"with the weights {weights.by_name(had)}. Return from `compute_loss` what\n"
+            "    super().compute_loss(x, y, y_pred, sample_weight, training)\n"
+            "or a CompoundLoss gives, and train `self.compute_loss(...)` in a `train_step`."
+        )
+    return looks_static
+
+
+def put_back(weights: LossWeights) -> list[str]:
+    """Undoes what else was assigned to the weights; returns what there is to warn of."""
+    found = weights.values()
+    if np.array_equal(found, weights.assigned):
+        return []
+    weights.vector.assign(weights.assigned)
+    return [
+        f"found loss weights assigned by hand, {weights.by_name(found)}, and goes on with its own, "
+        f"{weights.by_name(weights.assigned)}. Write `weighting.assign({{name: factor}})`; under "
+        "`jax.jit`, read `weighting.variables` anew after each `step`."
+    ]
+
+
+def behind(weights: LossWeights, is_new: bool, epoch: int) -> list[str]:
+    """What there is to warn of where a `fit` begins with `epoch` (from 0): unknown epochs before.
+
+    Args:
+        weights: those of the weighting.
+        is_new: whether the weighting started afresh with this model.
+        epoch: the epoch that begins.
+    """
+    known = weights.state.epochs
+    if epoch <= known:
+        return []
+    if weights.file == "state":
+        return [
+            f"goes on with epoch {epoch + 1}, but the file that was read knows of only "
+            f"{known} before it. List the callback that writes it last:\n"
+            "    callbacks=[weighting, keras.callbacks.BackupAndRestore(...)]"
+        ]
+    if not is_new:
+        return []
+    if weights.file == "no state":
+        hint = "The file that was read has no state that this release knows."
+    else:
+        hint = "To go on, call `weighting.set_model(model)` before `model.load_weights(...)`."
+    return [
+        f"begins with epoch {epoch + 1}, but starts afresh. {hint} To start here, call "
+        "`weighting.set_model(model)` and `weighting.reset()` before `fit`."
+    ]
+
+
+def poisoned(losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:
+    """What there is to warn of where a loss of weight 0 is not finite."""
+    found = [
+        name for name, bad in zip(names, (had == 0) & ~np.isfinite(losses), strict=True) if bad
+    ]
+    if not found:
+        return []
+    return [
+        f"found the loss of {found} not finite while its weight was 0. Keras multiplies them, and "
+        "0 * nan is nan, in the gradients, too: make finite what goes into the loss, as by\n"
+        "    keras.ops.nan_to_num(y_true)"
+    ]
 
 
 def lacks_weights(model: keras.Model, params: Any, epoch: int) -> bool:
@@ -132,7 +292,7 @@ def _path_name(path: tuple[Any, ...]) -> str:
 
 def _compile_call(names: Iterable[str]) -> str:
     losses = ", ".join(f"{name!r}: ..." for name in names)
-    return f"model.compile(..., loss={{{losses}}}, loss_weights=dwa.loss_weights)"
+    return f"model.compile(..., loss={{{losses}}}, loss_weights=weighting.loss_weights)"
 
 
 def _loss_weights_like(loss: Any, path: tuple[Any, ...] = ()) -> str:
@@ -140,4 +300,4 @@ def _loss_weights_like(loss: Any, path: tuple[Any, ...] = ()) -> str:
     if isinstance(loss, dict):
         items = (f"{key!r}: {_loss_weights_like(loss[key], (*path, key))}" for key in loss)
         return f"{{{', '.join(items)}}}"
-    return "None" if loss is None else f"dwa.loss_weights[{_path_name(path)!r}]"
+    return "None" if loss is None else f"weighting.loss_weights[{_path_name(path)!r}]"

@@ -76,7 +76,8 @@ def test_no_gradient_flows_into_the_weights_or_out_of_the_record(dwa, compound):
 
     def of_weight(weight):
         y_pred = {name: target + 1 for name, target in Y.items()}
-        loss, _ = compound.stateless_call([weight, *values[1:]], Y, y_pred)
+        weights = weight * np.array([1.0, 0.5], "float32")
+        loss, _ = compound.stateless_call([weights, *values[1:]], Y, y_pred)
         return loss + 0 * weight
 
     def of_prediction(shift):
@@ -198,7 +199,7 @@ def test_calls_are_averaged_over_samples(dwa, compound):
 
 def test_variables_are_the_weights_and_the_record(dwa, compound):
     variables = [(variable.name, variable.shape) for variable in dwa.variables]
-    assert variables == [("easy_weight", ()), ("hard_weight", ()), ("record", (3,))]
+    assert variables == [("loss_weights", (2,)), ("record", (3,))]
 
 
 def test_epochs_may_differ_in_their_number_of_batches(dwa):
@@ -225,7 +226,7 @@ def test_reset_forgets_what_was_recorded(dwa, compound):
     compound.combine({"easy": 0.5, "hard": 100.0})
     dwa.reset()
     assert dwa.step() == {"easy": 3.0, "hard": 0.5}
-    assert dwa._state.epochs == 0
+    assert dwa._weights.state.epochs == 0
 
 
 def test_nan_term_holds_the_weights_for_the_epoch(dwa, compound):
@@ -244,7 +245,7 @@ def test_stateless_call_is_as_a_call_and_leaves_the_record_alone(dwa, compound):
     loss, new_values = compound.stateless_call(values, Y, {name: Y[name] + 1 for name in Y})
     np.testing.assert_allclose(float(loss), weights["easy"] + weights["hard"], rtol=1e-6)
     assert float(new_values[-1][-1]) == SAMPLES
-    assert dwa._state.recorded_averages() is None
+    assert dwa._weights.recorded_averages() is None
     assert {name: float(weight) for name, weight in dwa.loss_weights.items()} == weights
 
 
@@ -269,7 +270,7 @@ def test_stateless_combine_is_as_combine(dwa, compound, compiled):
     variables = [keras.ops.convert_to_tensor(variable) for variable in dwa.variables]
     for _ in range(3):
         loss, variables = step(variables, terms)
-    assert dwa._state.recorded_averages() is None
+    assert dwa._weights.recorded_averages() is None
     np.testing.assert_allclose(keras.ops.convert_to_numpy(variables[-1]), [21, 6, 3])
     np.testing.assert_allclose(float(loss), float(compound.combine(terms)), rtol=1e-6)
 
@@ -488,7 +489,10 @@ def test_combine_and_step_are_as_torchjd(seed):
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ({"easy": "mse"}, "must have the names of `dwa`, ['easy', 'hard']. Found {'easy': 'mse'}"),
+        (
+            {"easy": "mse"},
+            "must have the names of `weighting`, ['easy', 'hard']. Found {'easy': 'mse'}",
+        ),
         (["easy", "heavy"], "Found ['easy', 'heavy']"),
         (["easy", "hard", "easy"], "Found ['easy', 'hard', 'easy']"),
         ("easy", "Found 'easy'"),
@@ -522,9 +526,7 @@ def test_combine_takes_one_scalar_per_name_within_and_between_epochs(
 
 
 def test_callback_must_be_one():
-    with pytest.raises(
-        ValueError, match=re.escape("`dwa` must be a DynamicWeightAverage. Found [")
-    ):
+    with pytest.raises(ValueError, match=re.escape("`weighting` must be a LossWeighting. Found [")):
         CompoundLoss(LOSSES, ["easy", "hard"])
 
 
@@ -572,7 +574,9 @@ def test_compound_loss_that_compute_loss_never_calls_is_an_error(dwa, compound):
 def test_step_after_calls_that_left_no_record_warns(dwa, compound):
     values = [variable.value for variable in dwa.variables]
     compound.stateless_combine(values, {"easy": 1.0, "hard": 1.0})
-    with pytest.warns(UserWarning, match=r"nothing recorded.*`stateless_call`.*dwa\.set_model"):
+    with pytest.warns(
+        UserWarning, match=r"nothing recorded.*`stateless_call`.*weighting\.set_model"
+    ):
         dwa.step()
     dwa.step()
 
@@ -602,7 +606,7 @@ def test_recording_under_jax_grad_without_jit(dwa, compound):
 
     for shift in (1.0, 2.0):
         jax.grad(lambda shift: compound(Y, {name: Y[name] + shift for name in Y}))(shift)
-    np.testing.assert_allclose(dwa._state.recorded_averages()["hard"], 1.5, rtol=1e-6)
+    np.testing.assert_allclose(dwa._weights.recorded_averages()["hard"], 1.5, rtol=1e-6)
 
 
 def test_repr_shows_losses_and_callback(compound):

@@ -92,23 +92,6 @@ def test_parameters_move_by_the_weighted_gradient(mode):
     assert abs(history["easy_weight"][3] - 1) > 0.01
 
 
-def test_weight_of_zero_within_an_epoch_stops_the_gradient_of_the_next_step(mode):
-    model = dict_model()
-    dwa = DynamicWeightAverage(["easy", "hard"])
-    kernels = []
-
-    class Silence(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            dwa.loss_weights["hard"].assign(0.0)
-            kernels.append(self.model.get_layer("hard").get_weights()[0])
-
-    model.compile(optimizer="sgd", loss=LOSSES, loss_weights=dwa.loss_weights, **mode)
-    with pytest.warns(UserWarning, match="by hand"):
-        model.fit(X, Y, batch_size=4, verbose=0, callbacks=[dwa, Silence()])
-    assert len(kernels) > 1
-    np.testing.assert_array_equal(kernels[0], kernels[-1])
-
-
 @pytest.mark.parametrize("jit_compile", ["auto", True])
 def test_step_is_compiled_as_often_as_with_static_weights(jit_compile, compilation_counter):
     if BACKEND == "torch" and jit_compile == "auto":

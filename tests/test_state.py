@@ -92,7 +92,7 @@ def test_evaluate_after_training_uses_the_current_weights(dwa):
 def test_first_fit_after_a_refused_one_moves_the_weights(dwa):
     model = dict_model()
     model.compile("sgd", LOSSES)
-    with pytest.raises(ValueError, match=r"loss_weights=dwa\.loss_weights"):
+    with pytest.raises(ValueError, match=r"loss_weights=weighting\.loss_weights"):
         model.fit(X, Y, verbose=0, callbacks=[dwa])
     check_run(train(model, dwa), dwa)
 
@@ -139,7 +139,7 @@ def test_state_tree_of_the_model_is_readable(dwa):
     model = dict_model()
     train(model, dwa, epochs=1)
     tree = model.get_state_tree()
-    assert "easy_weight" in str(tree["metrics_variables"])
+    assert "loss_weights" in str(tree["metrics_variables"])
 
 
 def test_model_keeps_its_own_weights_and_summary(dwa, capsys):

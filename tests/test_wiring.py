@@ -217,7 +217,7 @@ def metrics_that_hide_the_weights():
 
 def attribute_that_is_taken():
     model, dwa = dict_model(), new()
-    model.dynamic_weight_average = "mine"
+    model.loss_weighting = "mine"
     fit(compiled(model, dwa.loss_weights), dwa)
 
 
@@ -446,14 +446,17 @@ def distribution_set_after_the_callback():
         fit(compiled(dict_model(), dwa.loss_weights), dwa)
 
 
-TO_WRITE = "model.compile(..., loss={'easy': ..., 'hard': ...}, loss_weights=dwa.loss_weights)"
+TO_WRITE = (
+    "model.compile(..., loss={'easy': ..., 'hard': ...}, loss_weights=weighting.loss_weights)"
+)
 DICT_TO_WRITE = TO_WRITE.replace("'easy': ..., 'hard': ...", "'hard': ..., 'easy': ...")
 WEIGHTS_TO_WRITE = (
-    "loss_weights={'easy': dwa.loss_weights['easy'], 'hard': dwa.loss_weights['hard']}"
+    "loss_weights={'easy': weighting.loss_weights['easy'], 'hard': weighting.loss_weights['hard']}"
 )
-NAMES_TO_WRITE = f"    dwa = keras_dwa.DynamicWeightAverage(['easy', 'hard'])\n    {TO_WRITE}"
+NAMES_TO_WRITE = f"    outputs=['easy', 'hard']\nand write\n    {TO_WRITE}"
 NESTED_TO_WRITE = (
-    "loss_weights={'a': {'easy': dwa.loss_weights['a/easy']}, 'a-b': dwa.loss_weights['a-b']}"
+    "loss_weights={'a': {'easy': weighting.loss_weights['a/easy']}, "
+    "'a-b': weighting.loss_weights['a-b']}"
 )
 COMPOUND_TO_WRITE = "loss=compound.losses, loss_weights=compound.loss_weights)"
 
@@ -472,14 +475,14 @@ MISWIRINGS = [
     # (case, backends, how far training comes, what the message has)
     (no_loss_weights, EVERY, NOT_AT_ALL, "Found `loss_weights=None`", TO_WRITE),
     (plain_numbers_for_loss_weights, EVERY, NOT_AT_ALL, "{'easy': 1.0, 'hard': 2.0}", TO_WRITE),
-    (plain_numbers_for_loss_weights, EVERY, NOT_AT_ALL, "DynamicWeightAverage({name: factor})"),
+    (plain_numbers_for_loss_weights, EVERY, NOT_AT_ALL, "outputs={name: number}"),
     (no_loss, EVERY, NOT_AT_ALL, "compiled without a loss", TO_WRITE),
     (weights_of_another_callback, EVERY, NOT_AT_ALL, "this callback's loss weights", TO_WRITE),
     (two_callbacks, EVERY, NOT_AT_ALL, "this callback's loss weights", TO_WRITE),
-    (the_same_callback_twice, EVERY, NOT_AT_ALL, "more than once", "callbacks=[dwa])"),
+    (the_same_callback_twice, EVERY, NOT_AT_ALL, "more than once", "callbacks=[weighting])"),
     (compiled_anew_without_the_weights, EVERY, NOT_AT_ALL, "`loss_weights=None`", TO_WRITE),
     (compiled_anew_by_another_callback, EVERY, A_FEW_BATCHES, "{'easy': 10.0,", TO_WRITE),
-    (callback_list_without_a_model, EVERY, NOT_AT_ALL, "no model", "([dwa], model=model, ...)"),
+    (callback_list_without_a_model, EVERY, NOT_AT_ALL, "no model", "([weighting], model=model, ...)"),
     (one_loss_for_all_outputs, EVERY, NOT_AT_ALL, "one loss, 'mse', for all", TO_WRITE),
     (list_of_losses, EVERY, NOT_AT_ALL, "`loss` as a list", DICT_TO_WRITE),
     (lists_within_a_dict_of_losses, EVERY, NOT_AT_ALL, "['mse']", "loss={'depth': 'mae',"),
@@ -497,7 +500,7 @@ MISWIRINGS = [
     (unnamed_outputs_with_a_list_of_losses, EVERY, NOT_AT_ALL, "(a subclassed model", TO_WRITE),
     (names_that_tensorflow_refuses, LATE, NOT_AT_ALL, "'größe_loss' is not a valid scope name"),
     (metrics_that_hide_the_weights, EVERY, NOT_AT_ALL, "`OwnMetrics.metrics`", "*super().metrics"),
-    (attribute_that_is_taken, EVERY, NOT_AT_ALL, "`model.dynamic_weight_average`", "'mine'"),
+    (attribute_that_is_taken, EVERY, NOT_AT_ALL, "`model.loss_weighting`", "'mine'"),
     (metric_that_replaces_a_loss, EVERY, A_FEW_BATCHES, "['easy_loss']", "name='my_easy_loss'"),
     (metric_that_replaces_a_term, EVERY, A_FEW_BATCHES, "['easy_loss']", "Leave them out"),
     (metric_named_like_a_weight, EVERY, A_FEW_BATCHES, "['easy_weight'] already", "another name"),
@@ -510,7 +513,7 @@ MISWIRINGS = [
         "another name",
     ),
     (log_that_another_callback_takes, EVERY, ONE_EPOCH, "`logs` lacks ['easy_loss']"),
-    (history_before_the_callback, EVERY, ONE_EPOCH, "`History`", "callbacks=[dwa, history]"),
+    (history_before_the_callback, EVERY, ONE_EPOCH, "`History`", "callbacks=[weighting, history]"),
     (train_step_with_other_logs, EVERY, A_FEW_BATCHES, "['loss', 'mine']", "self.compute_metrics("),
     (compute_loss_of_its_own, EVERY, A_FEW_BATCHES, "It has ['loss']", "super().compute_loss("),
     (compute_loss_that_ignores_the_weights, EVERY, THREE_EPOCHS, "base weights", "super().comp"),
@@ -518,16 +521,16 @@ MISWIRINGS = [
     (compound_loss_that_is_never_called, EVERY, A_FEW_BATCHES, "nor called", COMPOUND_TO_WRITE),
     (compound_loss_of_another_callback, EVERY, NOT_AT_ALL, "pass the callback that has it"),
     (compound_loss_in_the_models_call, ("jax",), NOT_AT_ALL, "in the model's `compute_loss`"),
-    (step_to_read_the_weights_within_fit, EVERY, A_FEW_BATCHES, "closes an epoch", "dwa.loss_w"),
+    (step_to_read_the_weights_within_fit, EVERY, A_FEW_BATCHES, "closes an epoch", "weighting.loss_w"),
     (total_loss_that_no_step_updates, EVERY, ONE_EPOCH, "its parts were {'easy'", "update_state("),
     (compound_loss_in_place_of_the_compiled_weights, EVERY, A_FEW_BATCHES, "without a loss"),
     (compound_loss_and_compiled_weights, EVERY, A_FEW_BATCHES, "as well", "Use one way only"),
     (losses_of_a_compound_loss_without_its_weights, EVERY, A_FEW_BATCHES, COMPOUND_TO_WRITE),
-    (weight_assigned_between_two_fits, EVERY, NOT_AT_ALL, "{'easy': nan}", "{'easy': 1.0}"),
-    (two_models_in_turn, EVERY, NOT_AT_ALL, "comes back", "loss_weights=other_dwa.loss_weights"),
-    (two_models_one_within_an_epoch_of_the_other, ("jax",), A_FEW_BATCHES, "'easy_weight' has no"),
+    (weight_assigned_between_two_fits, EVERY, NOT_AT_ALL, "nan assigned", "assign({'easy': factor})"),
+    (two_models_in_turn, EVERY, NOT_AT_ALL, "comes back", "loss_weights=other_weighting.loss_weights"),
+    (two_models_one_within_an_epoch_of_the_other, ("jax",), A_FEW_BATCHES, "'loss_weights' has no"),
     (two_models_one_within_an_epoch_of_the_other, ("tensorflow", "torch"), ONE_EPOCH, "another `"),
-    (two_models_one_between_epochs_of_the_other, EVERY, ONE_EPOCH, "another `fit`", "dwa.step({"),
+    (two_models_one_between_epochs_of_the_other, EVERY, ONE_EPOCH, "another `fit`", "weighting.step({"),
     (two_models_in_two_threads, EVERY, ONE_EPOCH, "another `fit`", "in another thread"),
     (distribution_set_after_the_callback, ("jax",), NOT_AT_ALL, "DataParallel", "set_distri"),
 ]  # fmt: skip
@@ -658,27 +661,6 @@ def test_test_step_with_other_logs_costs_the_validation_loss_under_the_base_weig
     (message,) = our_messages(warned)
     assert "lack ['val_easy_loss', 'val_hard_loss']" in message
     assert sorted(key for key in history if key.startswith("val_")) == ["val_loss"]
-
-
-def test_weight_assigned_within_an_epoch_is_warned_of_and_replaced():
-    model, dwa = dict_model(), new()
-    train(model, dwa)
-    own = dwa.step()
-
-    class Assign(keras.callbacks.Callback):
-        def on_train_batch_end(self, batch, logs=None):
-            dwa.loss_weights["easy"].assign(float("inf") if batch == 4 else 7.0)
-
-    with pytest.warns(UserWarning, match="DynamicWeightAverage") as warned:
-        model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa, Assign()])
-    (message,) = our_messages(warned)
-    assert (
-        "by hand, {'easy': inf}, and goes on with its own, " + str({"easy": own["easy"]}) in message
-    )
-    weights = dwa.step()
-    np.testing.assert_allclose(sum(weights.values()), 2, rtol=1e-6)
-    history = model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa]).history
-    assert history["easy_weight"] == [weights["easy"]]
 
 
 def test_every_fit_may_run_in_another_mode():

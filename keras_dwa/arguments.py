@@ -1,0 +1,102 @@
+"""Every check of what a weighting is given, and its message."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dwa.formula import is_positive
+from keras_dwa.logs import check_log_names
+from keras_dwa.loss_weights import LossWeights, Vector, as_float
+
+
+def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
+    """The base weights by output name, or a ValueError."""
+    if isinstance(outputs, str) or not isinstance(outputs, (Sequence, Mapping)):
+        raise ValueError(
+            "`outputs` must be a sequence of output names, or a dict of name to base weight. "
+            f"Found `outputs = {outputs!r}`."
+        )
+    names = list(outputs)
+    if not names:
+        raise ValueError(f"`outputs` must name at least one output. Found `outputs = {outputs}`.")
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"`outputs` must hold names. Found {name!r} in `outputs = {outputs}`.")
+        if names.count(name) > 1:
+            raise ValueError(f"`outputs` names {name!r} more than once: `outputs = {outputs}`.")
+    base_weights = outputs if isinstance(outputs, Mapping) else dict.fromkeys(names, 1.0)
+    smallest, largest = _floatx_range()
+    for name, base_weight in base_weights.items():
+        # Most rules have factors up to the number of outputs.
+        if not is_positive(base_weight) or not smallest <= base_weight <= largest / len(names):
+            raise ValueError(
+                "A base weight must be a finite number > 0, and stay so in "
+                f"{keras.config.floatx()}. Found {base_weight!r} for {name!r}."
+            )
+    check_log_names(names)
+    return {name: float(base_weight) for name, base_weight in base_weights.items()}
+
+
+def check_factors(found: Any, present: Vector, weights: LossWeights, source: str) -> Vector:
+    """The factors with those found in place of the present ones, or a ValueError.
+
+    Args:
+        found: a mapping of output name to factor, or None.
+        present: float64 array of shape `(K,)`.
+        weights: those of the weighting.
+        source: who gave `found`, for the message.
+    """
+    if found is None:
+        return present
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{source} gave {found!r}. It must give a dict of name to factor.")
+    factors: dict[str, float | None] = {**weights.by_name(present)}
+    if unknown := [name for name in found if name not in factors]:
+        raise ValueError(f"{source} gave factors for {unknown}. The outputs are {list(factors)}.")
+    factors.update({name: as_float(value) for name, value in found.items()})
+    _, largest = _floatx_range()
+    for name, base_weight in zip(weights.names, weights.base_weights.tolist(), strict=True):
+        factor = factors[name]
+        if factor is None or not 0 <= factor * base_weight <= largest:
+            raise ValueError(
+                f"{source} gave {found[name]!r} for {name!r}. A factor is a finite number >= 0, "
+                f"also times its base weight, in {keras.config.floatx()}."
+            )
+    return np.array(list(factors.values()))
+
+
+def check_losses(losses: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """The averages given to `step` as floats by output name, in the order of `names`."""
+    if set(losses) != set(names):
+        raise ValueError(
+            f"`step` takes one loss per output of {list(names)}. Found {list(losses)}."
+        )
+    floats = {}
+    for name in names:
+        if (value := as_float(losses[name])) is None:
+            raise ValueError(
+                "`step` takes the average of each loss over the epoch, a real number or a scalar "
+                f"tensor. Found {losses[name]!r} for {name!r}."
+            )
+        floats[name] = value
+    return floats
+
+
+def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What a rule keeps as arrays that a file can have, or a ValueError."""
+    arrays = {name: np.asarray(value) for name, value in memory.items()}
+    for name, array in arrays.items():
+        if array.dtype.kind not in "biufc":
+            raise ValueError(
+                f"{source} left {memory[name]!r} in `state[{name!r}]`. Put arrays of numbers there."
+            )
+    return arrays
+
+
+def _floatx_range() -> tuple[float, float]:
+    # NumPy does not know bfloat16, which has the range of float32.
+    floatx = keras.config.floatx()
+    limits = np.finfo("float32" if floatx == "bfloat16" else floatx)
+    return float(limits.tiny), float(limits.max)

@@ -1,0 +1,124 @@
+"""Dynamic Weight Average, as a rule for the loss weights."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from keras_dwa.formula import check_temperature, dwa_weights, undefined_rates
+from keras_dwa.loss_weighting import LossWeighting
+
+
+class DynamicWeightAverage(LossWeighting):
+    """Weights the losses of a multi-output model by how fast each of them falls.
+
+    At the end of each epoch, Dynamic Weight Average gives output k the factor
+
+        lambda_k(t) = K * exp(w_k(t-1) / T) / sum_i exp(w_i(t-1) / T)
+        w_k(t-1) = L_k(t-1) / L_k(t-2)
+
+    where
+
+    - `L_k(t)` is the output's unweighted loss averaged over epoch t;
+    - `w_k(t-1)` is its relative descending rate, small where the loss falls fast;
+    - `T` is the temperature: the larger, the more uniform the factors;
+    - `K` is the number of outputs, which the factors sum to. For the first two epochs each is 1.
+
+    A base weight `b_k` multiplies it: the weight of output k's loss is `b_k * lambda_k`.
+
+    An average that is NaN or infinite leaves its epoch out of the rates, and one that rises from 0
+    has no rate: the factors stay, with a warning. See `LossWeighting` for what the callback logs,
+    what to monitor, and how its state is saved.
+
+    Args:
+        outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
+            sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence).
+        temperature: `T`, a finite number > 0, 2.0 in the paper. It may be assigned later: the
+            factors follow at the end of the epoch.
+        verbose: 0 or 1. 1 prints the new weights at the end of each epoch.
+
+    Raises:
+        ValueError: if a name, a base weight or the temperature is not as described.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_dwa import DynamicWeightAverage
+    >>> inputs = keras.Input((4,))
+    >>> outputs = {"depth": keras.layers.Dense(1)(inputs), "normals": keras.layers.Dense(3)(inputs)}
+    >>> model = keras.Model(inputs, outputs)
+    >>> dwa = DynamicWeightAverage(["depth", "normals"])
+    >>> losses = {"depth": "mae", "normals": "mse"}
+    >>> model.compile(optimizer="sgd", loss=losses, loss_weights=dwa.loss_weights)
+    >>> x, y = np.ones((8, 4)), {"depth": np.ones((8, 1)), "normals": np.ones((8, 3))}
+    >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[dwa])
+    >>> history.history["depth_weight"][:2]
+    [1.0, 1.0]
+    >>> round(sum(dwa.factors.values()), 5)
+    2.0
+
+    Reference:
+        Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[str] | Mapping[str, float],
+        temperature: float = 2.0,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(outputs, verbose)
+        self.temperature = temperature
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}, temperature={self.temperature})"
+
+    @property
+    def temperature(self) -> float:
+        """`T`, a finite number > 0; assigning anything else raises a ValueError."""
+        return self._temperature
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = check_temperature(value)
+
+    def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
+        names = sorted(self.outputs)  # A file may have the outputs in another order.
+        losses = np.array([logs[f"{name}_loss"] for name in names])
+        not_finite = ~np.isfinite(losses)
+        if not_finite.any():
+            message = "is not finite; the epoch is left out of the rates"
+            self._hold(epoch, message, losses, not_finite)
+            return None
+        # The averages of the last two epochs, oldest first. Shape (2, K).
+        history = np.vstack([*self.state.get("losses", []), losses])[-2:]
+        self.state["losses"] = history
+        if len(history) < 2:
+            return None
+        before_previous, previous = history
+        undefined = undefined_rates(previous, before_previous)
+        if undefined.any():
+            self._hold(epoch, "rose from 0, so that it has no rate", losses, undefined)
+            return None
+        flipped = np.sign(previous) * np.sign(before_previous) < 0
+        if flipped.any() and "warned_of_sign" not in self.state:
+            self.state["warned_of_sign"] = np.array(True)
+            self._messages.append(
+                f"found that the loss of {_named(names, losses, flipped)} changed its sign after "
+                f"{epoch + 1} epochs: a negative rate lowers a weight, however the loss moved."
+            )
+        factors = dwa_weights(previous, before_previous, self.temperature)
+        return dict(zip(names, factors.tolist(), strict=True))
+
+    def _hold(
+        self, epoch: int, message: str, losses: NDArray[np.float64], odd: NDArray[np.bool_]
+    ) -> None:
+        found = _named(sorted(self.outputs), losses, odd)
+        self._messages.append(
+            f"holds the loss weights after {epoch + 1} epochs: the loss of {found} {message}."
+        )
+
+
+def _named(names: list[str], losses: NDArray[np.float64], odd: NDArray[np.bool_]) -> str:
+    pairs = zip(names, losses.tolist(), odd, strict=True)
+    return ", ".join(f"{name!r} ({loss})" for name, loss, is_odd in pairs if is_odd)

@@ -1,0 +1,137 @@
+"""What the logs hold: names, losses out of them, weights and `base_loss` into them."""
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keras_dwa.loss_weights import LossWeights, Vector
+
+Logs = Mapping[str, float]
+
+
+def check_log_names(names: Sequence[str]) -> None:
+    """Raises a ValueError if two logs of outputs with these names would have the same key."""
+    keys = Counter(["val_loss", "base_loss", "val_base_loss"])
+    keys.update(f"{prefix}{name}_loss" for name in names for prefix in ("", "val_"))
+    if twice := [key for key, count in keys.items() if count > 1]:
+        raise ValueError(
+            f"The logs of outputs with these names would have {twice} twice: Keras logs "
+            f"`<name>_loss` and `val_<name>_loss`. Rename an output. Found {list(names)}."
+        )
+
+
+def _missing_losses(logs: Logs, names: Sequence[str], prefix: str = "") -> list[str]:
+    """Which of the losses that a model with these outputs logs are not there."""
+    return [key for key in (f"{prefix}loss", *_keys(logs, names, prefix)) if key not in logs]
+
+
+def losses_of(logs: Logs, names: Sequence[str], prefix: str = "") -> Vector:
+    """The outputs' unweighted losses: float64, shape `(K,)`."""
+    return np.array([logs[key] for key in _keys(logs, names, prefix)], dtype=np.float64)
+
+
+def _keys(logs: Logs, names: Sequence[str], prefix: str) -> list[str]:
+    keys = [f"{prefix}{name}_loss" for name in names]
+    # Keras logs the loss of a single output as `loss` alone.
+    return [f"{prefix}loss"] if len(keys) == 1 and keys[0] not in logs else keys
+
+
+def check_logs(logs: Logs, names: Sequence[str]) -> None:
+    """Raises a ValueError unless the logs of training have all losses, and room for ours."""
+    if missing := _missing_losses(logs, names):
+        raise ValueError(
+            f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs as there. A "
+            "`train_step` must return\n"
+            "    self.compute_metrics(x, y, y_pred, sample_weight)\n"
+            "and a `compute_loss` start from\n"
+            "    super().compute_loss(x, y, y_pred, sample_weight, training)\n"
+            "or call a CompoundLoss, with `compile` without a loss."
+        )
+    ours = [*(f"{name}_weight" for name in names), "base_loss", "val_base_loss"]
+    if taken := [key for key in ours if key in logs]:
+        raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
+
+
+class EpochWeights:
+    """The weights that the batches of an epoch have had so far.
+
+    Args:
+        weights: those of its first batch: float64, shape `(K,)`.
+
+    Attributes:
+        weights: those of the batch under way.
+        validation: those that the epoch's validation had; None where there was none.
+    """
+
+    def __init__(self, weights: Vector) -> None:
+        self.weights = weights
+        self.validation: Vector | None = None
+        self._sum, self._since, self._begun = np.zeros_like(weights), 0, 0
+        # By thread: where Keras has several call `on_train_batch_end`, each goes in order.
+        self._ended: dict[int, int] = {}
+
+    @property
+    def batches(self) -> int:
+        """How many batches have ended."""
+        return max(self._ended.values(), default=0)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all batches had the same weights."""
+        return self._since == 0
+
+    def begin(self, batch: int, weights: Vector) -> None:
+        """Batch number `batch` begins with these weights."""
+        self._begun = batch
+        self.change(weights)
+
+    def end(self, batch: int) -> None:
+        """Batch number `batch` has ended."""
+        self._ended[threading.get_ident()] = batch + 1
+
+    def change(self, weights: Vector) -> None:
+        """The next batch has these weights."""
+        if not np.array_equal(weights, self.weights):
+            batch = max(self._begun, self.batches)
+            self._sum = self._sum + (batch - self._since) * self.weights
+            self.weights, self._since = weights, batch
+
+    def mean(self) -> Vector:
+        """The mean of the weights over the batches: float64, shape `(K,)`."""
+        if self.is_constant:
+            return self.weights
+        mean: Vector = (self._sum + (self.batches - self._since) * self.weights) / self.batches
+        return mean
+
+
+def add_to_logs(logs: dict[str, float], weights: LossWeights, had: EpochWeights) -> list[str]:
+    """Adds the weights that the epoch had, and the losses under the base weights.
+
+    Returns:
+        What there is to warn of.
+    """
+    names, mean = weights.names, had.mean()
+    losses = losses_of(logs, names)
+    logs.update({f"{name}_weight": weight for name, weight in weights.by_name(mean).items()})
+    logs["base_loss"] = _base_loss(logs["loss"], losses, mean, weights.base_weights)
+    if "val_loss" not in logs:
+        return []
+    if missing := _missing_losses(logs, names, "val_"):
+        return [
+            f"adds no `val_base_loss`: the logs lack {missing}. A `test_step` of your own "
+            "must return\n    self.compute_metrics(x, y, y_pred, sample_weight)"
+        ]
+    validation = had.weights if had.validation is None else had.validation
+    losses = losses_of(logs, names, "val_")
+    logs["val_base_loss"] = _base_loss(logs["val_loss"], losses, validation, weights.base_weights)
+    return []
+
+
+def _base_loss(total: float, losses: Vector, weights: Vector, base_weights: Vector) -> float:
+    """What `total`, a sum under `weights` and more, would be under the base weights."""
+    if not math.isfinite(total):
+        return total
+    return total + float(np.sum((base_weights - weights) * losses))

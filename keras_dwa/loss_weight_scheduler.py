@@ -1,0 +1,103 @@
+"""A schedule, as a rule for the loss weights: factors that follow the epoch."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from keras_dwa.arguments import check_factors
+from keras_dwa.loss_weighting import LossWeighting
+from keras_dwa.wiring import check_no_fit
+
+Schedule = Callable[[int, dict[str, float]], Mapping[str, float] | None]
+
+
+class LossWeightScheduler(LossWeighting):
+    """Moves the loss weights by a function of the epoch, like Keras's `LearningRateScheduler`.
+
+    It is called at the start of each epoch for the factors of that epoch: to anneal a term, to ramp
+    one up, to train in phases. See `LossWeighting` for what the callback logs, what to monitor, and
+    how its state is saved.
+
+    In a loop without `fit`, the factors of epoch 0 hold from the start, and `step` goes on to those
+    of the next epoch.
+
+    Args:
+        outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
+            sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence).
+        schedule: a function of the epoch, from 0, and of the factors of the epoch before, a dict of
+            floats by output name. It returns output name to factor, a finite number >= 0; names
+            left out keep theirs. None if all do. Where an epoch begins twice, as after a resume
+            within it, it gets the same factors again.
+        verbose: 0 or 1. 1 prints the weights at the start of each epoch.
+
+    Raises:
+        ValueError: if a name or a base weight is not as described, if `schedule` cannot be called,
+            or if it returns anything else.
+
+    Example:
+
+    >>> from keras_dwa import LossWeightScheduler
+    >>> annealing = LossWeightScheduler(
+    ...     {"reconstruction": 1.0, "kl": 4.0}, lambda epoch, factors: {"kl": min(1.0, epoch / 10)}
+    ... )
+    >>> annealing.factors
+    {'reconstruction': 1.0, 'kl': 0.0}
+    >>> annealing.step()
+    {'reconstruction': 1.0, 'kl': 0.4000000059604645}
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[str] | Mapping[str, float],
+        schedule: Schedule,
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(outputs, verbose)
+        if not callable(schedule):
+            raise ValueError(
+                "`schedule` must be a function of epoch and factors. "
+                f"Found `schedule = {schedule!r}`."
+            )
+        self.schedule = schedule
+        self._begin(0)
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        super().on_epoch_begin(epoch, logs)
+        self._begin(epoch)
+        if self.verbose > 0:
+            self._print_weights(epoch)
+
+    def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Closes an epoch, and goes on to the factors of the next.
+
+        Args:
+            losses: as in `LossWeighting.step`. The schedule needs none.
+
+        Returns:
+            The weights by output name, as floats.
+
+        Raises:
+            RuntimeError: within `fit`, which does it itself.
+        """
+        check_no_fit(self._thread)
+        super().step(losses)
+        self._begin(int(self.state["epoch"]) + 1)
+        return self._weights.by_name(self._weights.assigned)
+
+    def reset(self) -> None:
+        super().reset()
+        self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        weights, names = self._weights, sorted(self.outputs)
+        before = self.factors
+        if self.state.get("epoch") == epoch:
+            before = dict(zip(names, self.state["before"].tolist(), strict=True))
+        present = np.array([before[name] for name in weights.names])
+        source = f"`{type(self).__name__}.schedule` for epoch {epoch + 1}"
+        new = check_factors(self.schedule(epoch, dict(before)), present, weights, source)
+        # In an order of their own, for a file may have the outputs in another one.
+        memory = {"epoch": np.array(epoch), "before": np.array([before[name] for name in names])}
+        weights.replace(replace(weights.state, factors=new, memory={**self.state, **memory}))
+        self._epoch.change(weights.assigned)

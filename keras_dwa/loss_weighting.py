@@ -1,0 +1,207 @@
+"""When the loss weights move: the callback that every rule is built on, in Keras's hooks."""
+
+import threading
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import keras
+
+from keras_dwa.logs import EpochWeights, add_to_logs, check_logs, losses_of
+from keras_dwa.rule import Rule
+from keras_dwa.wiring import (
+    attach,
+    behind,
+    check_attached,
+    check_compiled,
+    check_distribution,
+    check_effect,
+    check_first_batches,
+    check_one_fit,
+    is_compiled_with,
+    lacks_weights,
+    poisoned,
+    put_back,
+)
+
+
+class LossWeighting(Rule):
+    """Moves the loss weights of a multi-output model while it trains, by a rule or by hand.
+
+    The weight of an output's loss is its base weight, which says what is wanted in the end, times
+    its factor, 1 at first. Compile the model with `loss_weights=weighting.loss_weights` and pass
+    the callback to `fit`. The weights are variables that the compiled step reads, so that they move
+    without a new trace.
+
+    Override `update` for a rule of your own: it gets the logs of each epoch and returns the factors
+    of the next. By itself it moves nothing: set factors by `assign`, say from another callback.
+
+    After each epoch the callback adds to `logs`:
+
+    - `<name>_weight`: the weight that the epoch's losses had, so that `loss` is the sum of
+      `<name>_weight * <name>_loss`, plus regularization. If it changed within the epoch, its mean
+      over the batches;
+    - `base_loss` and `val_base_loss`: the total loss under the base weights alone. Unlike
+      `val_loss` it does not move with the weights: it is the one to monitor. (On TensorFlow, Keras
+      averages the total over samples, but its parts over batches, so that it moves a little if the
+      last batch is smaller. If weights changed within the epoch, `base_loss` is approximate.)
+
+    Callbacks that read these come after this one in the list.
+
+    A model that the callback has not seen starts afresh, from the factors assigned last if no
+    training moved them since; a second `fit` of the same model goes on. One callback serves one
+    model at a time. `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store factors and
+    `state` with the model's. Pickled between two epochs, the callback keeps them without its model,
+    and goes on with the first one that it is given. A copy is the callback itself: the model that
+    was compiled with its weights would not see those of another.
+
+    Args:
+        outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
+            sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence). The
+            loss of a nested output goes by its path, `"heads/depth"`.
+        verbose: 0 or 1. 1 prints the weights that `update` sets at the end of each epoch.
+
+    Raises:
+        ValueError: if a name or a base weight is not as described; from `fit`, before the first
+            step if the model was not compiled with these weights, after the first if its logs lack
+            `<name>_loss`, and at the end of the first epoch whose weights clearly differ from the
+            base weights if the loss is still the sum under those.
+        RuntimeError: from `fit`, if the callback is in another one at the same time, or was shown
+            no model.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras_dwa import LossWeighting
+    >>> class HalveTheLarger(LossWeighting):
+    ...     def update(self, epoch, logs):
+    ...         larger = max(self.outputs, key=lambda name: logs[f"{name}_loss"])
+    ...         return {larger: 0.5 * self.factors[larger]}
+    >>> inputs = keras.Input((4,))
+    >>> outputs = {"depth": keras.layers.Dense(1)(inputs), "normals": keras.layers.Dense(3)(inputs)}
+    >>> model = keras.Model(inputs, outputs)
+    >>> weighting = HalveTheLarger(["depth", "normals"])
+    >>> model.compile(
+    ...     optimizer="sgd",
+    ...     loss={"depth": "mae", "normals": "mse"},
+    ...     loss_weights=weighting.loss_weights,
+    ... )
+    >>> y = {"depth": np.full((8, 1), 100.0), "normals": np.ones((8, 3))}
+    >>> history = model.fit(np.ones((8, 4)), y, epochs=3, verbose=0, callbacks=[weighting])
+    >>> history.history["depth_weight"]
+    [1.0, 0.5, 0.25]
+    """
+
+    # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.
+    async_safe = True
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        if params is self.params is not None:
+            raise ValueError(
+                f"`callbacks` has {self!r} more than once. Write\n"
+                "    model.fit(..., callbacks=[weighting])"
+            )
+        super().set_params(params)
+
+    def set_model(self, model: keras.Model) -> None:
+        weights = self._weights
+        # With a compound loss, the weights may enter through the model's `compute_loss` instead.
+        weights.in_logs = weights.record is not None and not is_compiled_with(model, weights)
+        if not weights.in_logs:
+            check_compiled(model, weights)
+        check_distribution(weights)
+        former = self.model
+        tracked = getattr(model, weights.name, None) is weights
+        if tracked and model is former:
+            return
+        attach(model, weights)
+        is_unpickled = former is None and weights.file is not None
+        if not is_unpickled:
+            assigned = self._assigned
+            self.reset()
+            if assigned:
+                self.assign(assigned)
+        self._is_new = True
+        # Late, so that the next call does it all again if Ctrl-C comes before.
+        super().set_model(model)
+        if tracked and former is not None:
+            warnings.warn(
+                f"{type(self).__name__} comes back to a model after it was with another one, and "
+                "starts afresh. Make a weighting for each model:\n"
+                "    other_model.compile(..., loss_weights=other_weighting.loss_weights)",
+                stacklevel=2,
+            )
+
+    def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
+        check_attached(self.model, self._weights, self)
+        self._thread = threading.get_ident()
+        self._is_start = True
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        check_one_fit(self._thread, self)
+        weights = self._weights
+        self._messages += put_back(weights)
+        if self._is_start:
+            self._messages += behind(weights, self._is_new, epoch)
+        self._is_new, weights.file = False, None
+        weights.state = replace(weights.state, epochs=epoch)
+        self._epoch = EpochWeights(weights.assigned)
+        self._warn()
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        self._check_first_batches()
+        self._epoch.begin(batch, self._weights.assigned)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
+        # Called beside the next batches: the model, and on JAX its variables, are theirs.
+        if logs and not self._epoch.batches:
+            check_logs(logs, self._weights.names)
+        self._epoch.end(batch)
+
+    def on_test_end(self, logs: dict[str, float] | None = None) -> None:
+        self._epoch.validation = self._weights.assigned
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        check_one_fit(self._thread, self)
+        logs = {} if logs is None else logs
+        weights, had = self._weights, self._epoch
+        if not had.batches:
+            # Keras on JAX then puts back the variables' values of an epoch before.
+            put_back(weights)
+            self._messages.append(
+                f"holds the loss weights: epoch {epoch + 1} had no batch. (In a loop of your own, "
+                "call `on_train_batch_end` for each, or `weighting.step({name: average, ...})`.)"
+            )
+            return self._warn()
+        self._check_first_batches()
+        check_logs(logs, weights.names)
+        losses, mean = losses_of(logs, weights.names), had.mean()
+        self._messages += add_to_logs(logs, weights, had)
+        if had.is_constant:
+            total = logs["loss"]
+            self._looks_static = check_effect(total, losses, weights, mean, self._looks_static)
+        self._messages += poisoned(losses, mean, weights.names)
+        of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
+        self._close_epoch(epoch, {**logs, **of_outputs})
+        if self.verbose > 0 and type(self).update is not Rule.update:
+            self._print_weights(epoch)
+        if lacks_weights(self.model, self.params, epoch):
+            self._messages.append(
+                "comes after `History` in the list of callbacks, which lacks what it logs. Write\n"
+                "    model.fit(..., callbacks=[weighting, history])"
+            )
+        self._warn()
+
+    def on_train_end(self, logs: dict[str, float] | None = None) -> None:
+        self._thread = None
+
+    def _check_first_batches(self) -> None:
+        # Once a batch is done, since TensorFlow builds the losses in it.
+        if self._is_start and self._epoch.batches:
+            self._is_start = False
+            check_first_batches(self.model, self._weights)
+
+    def _print_weights(self, epoch: int) -> None:
+        weights = self._weights.by_name(self._weights.assigned)
+        shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in weights.items())
+        print(f"\nEpoch {epoch + 1}: {type(self).__name__} setting loss weights to {shown}.")

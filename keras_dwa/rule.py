@@ -1,0 +1,198 @@
+"""What moves the loss weights: a rule when an epoch closes, or the user at any time."""
+
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, Self
+
+import keras
+import numpy as np
+
+from keras_dwa.arguments import check_factors, check_losses, check_memory, check_outputs
+from keras_dwa.logs import EpochWeights
+from keras_dwa.loss_weights import LossWeight, LossWeights, State
+from keras_dwa.wiring import check_no_fit
+
+
+class BoundCallback(keras.callbacks.Callback):
+    """A callback whose variables a model was compiled with: never copied, pickled without it."""
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
+        return self
+
+    __copy__ = __deepcopy__
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._sync()
+        return {**self.__dict__, "_model": None}
+
+    def _sync(self) -> None:
+        # On JAX, a model's variables have no value while an epoch runs; `Callback.model` puts them
+        # back, and the next step takes them from there.
+        self.model  # noqa: B018
+
+
+class Rule(BoundCallback):
+    """Live loss weights by output name, and how they move; `LossWeighting` says when in `fit`."""
+
+    def __init__(self, outputs: Sequence[str] | Mapping[str, float], verbose: int = 0) -> None:
+        super().__init__()
+        self.verbose = verbose
+        self._weights = LossWeights(check_outputs(outputs))
+        # The factors assigned since training last moved them, with which a new model begins.
+        self._assigned: dict[str, float] = {}
+        # The memory while `update` runs, so that an error in it leaves the former one.
+        self._draft: dict[str, Any] | None = None
+        # What to warn of once all is done, for a warning may be an error.
+        self._messages: list[str] = []
+        # The thread of the `fit` under way, and what its steps showed so far.
+        self._thread: int | None = None
+        self._epoch = EpochWeights(self._weights.assigned)
+        self._is_new = self._is_start = False
+        self._looks_static = True
+
+    def __repr__(self) -> str:
+        outputs: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
+        return f"{type(self).__name__}({outputs})"
+
+    @property
+    def outputs(self) -> Mapping[str, float]:
+        """The base weights by output name, which stay as they are."""
+        return MappingProxyType(self._weights.by_name(self._weights.base_weights))
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """What the base weights are multiplied by, by output name, in a new dict."""
+        return self._weights.by_name(self._weights.state.factors)
+
+    @property
+    def loss_weights(self) -> dict[str, LossWeight]:
+        """The live weights by output name, in a new dict: for `compile(loss_weights=...)`."""
+        self._sync()
+        return dict(self._weights.entries)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the rule remembers, name to array: empty at first, stored with the weights."""
+        return self._weights.state.memory if self._draft is None else self._draft
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The weights, and what a `CompoundLoss` records: the state for its `stateless_call`."""
+        self._sync()
+        return list(self._weights.variables)
+
+    def assign(self, factors: Mapping[str, float]) -> None:
+        """Sets factors by output name; the next step uses them.
+
+        Call it before `fit`; in a loop of your own; or in `on_epoch_begin`, `on_train_batch_begin`
+        or `on_epoch_end` of another callback, listed after this one and before those that write
+        files.
+
+        Args:
+            factors: output name to factor, a finite number >= 0; names left out keep theirs. 0
+                switches a loss off until another factor is assigned.
+
+        Raises:
+            ValueError: if a name is not an output's, or a factor not as described.
+            RuntimeError: if called in another thread than that of the `fit` under way, as Keras
+                calls `on_train_batch_end` beside the next steps.
+        """
+        if self._thread not in (None, threading.get_ident()):
+            raise RuntimeError(
+                "`assign` was called beside the steps of `fit`, in another thread. Call it in "
+                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`."
+            )
+        self._sync()
+        state = self._weights.state
+        new = check_factors(factors, state.factors, self._weights, "`assign`")
+        self._weights.replace(replace(state, factors=new))
+        self._epoch.change(self._weights.assigned)
+        if self._thread is None:
+            self._assigned.update(factors)
+
+    def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
+        """The factors of the next epoch: the method to override. By itself it moves nothing.
+
+        What it puts into `self.state` is kept if it returns, and dropped if it raises.
+
+        Args:
+            epoch: the epoch that ends, from 0.
+            logs: `<name>_loss` for each output, its unweighted loss averaged over the epoch; in
+                `fit`, all else that the epoch's logs have, `val_<name>_loss` and metrics, too.
+
+        Returns:
+            Output name to factor, a finite number >= 0; names left out keep theirs. None if all do.
+        """
+        return None
+
+    def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Closes an epoch: moves the weights by the averages of its losses.
+
+        `on_epoch_end` does the same; call it yourself only in a loop without `fit`. If that loop
+        calls `train_on_batch`, call `set_model(model)` before it, as `fit` does: the model then
+        hands the weights to its compiled step. Call `step` before `evaluate`, which records, too.
+
+        Args:
+            losses: output name to the unweighted loss averaged over the epoch, a scalar each.
+                Without it, the averages that a `CompoundLoss` recorded since the last `step`;
+                where there are none, nothing happens.
+
+        Returns:
+            The weights by output name, as floats.
+
+        Raises:
+            ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
+            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`.
+        """
+        self._sync()
+        weights = self._weights
+        if losses is None:
+            if weights.in_logs:
+                check_no_fit(self._thread)
+            losses = weights.recorded_averages()
+            if losses is None and weights.called:
+                weights.called = False
+                self._messages.append(
+                    "found nothing recorded, although the compound loss was called. Under "
+                    "`jax.jit`, assign what `stateless_call` returns to `weighting.variables`; "
+                    "before `train_on_batch`, call `weighting.set_model(model)`."
+                )
+        if losses is not None:
+            averages = check_losses(losses, weights.names)
+            logs = {f"{name}_loss": average for name, average in averages.items()}
+            self._close_epoch(weights.state.epochs, logs)
+        self._warn()
+        return weights.by_name(weights.assigned)
+
+    def reset(self) -> None:
+        """Goes back to the first epoch: the base weights, an empty `state`, nothing recorded."""
+        self._sync()
+        self._weights.reset()
+        self._epoch.change(self._weights.assigned)
+        self._assigned = {}
+        self._is_new = False
+        self._looks_static = True
+
+    def _close_epoch(self, epoch: int, logs: Mapping[str, float]) -> None:
+        weights = self._weights
+        # Copies, for a rule may change an array in place.
+        self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
+        try:
+            source = f"`{type(self).__name__}.update` after epoch {epoch + 1}"
+            found = self.update(epoch, logs)
+            new = check_factors(found, weights.state.factors, weights, source)
+            memory = check_memory(self._draft, source)
+            weights.replace(State(new, memory, epoch + 1), forget_record=True)
+            self._assigned = {}
+        finally:
+            self._draft = None
+
+    def _warn(self) -> None:
+        messages, self._messages = self._messages, []
+        if messages:
+            name = type(self).__name__
+            warnings.warn("\n".join(f"{name} {message}" for message in messages), stacklevel=3)
