@@ -85,28 +85,37 @@ def print_epochs(history):
         print(f"{epoch + 1:5} | " + " | ".join(cells))
 
 
+def split_digits():
+    """Training and test data, as (x, y) each."""
+    x, y = rotated_digits()
+    # Batches of one size, so that an epoch's average is the same over batches and samples.
+    split = 22 * 64
+    train_data = x[:split], {name: target[:split] for name, target in y.items()}
+    return train_data, (x[split:], {name: target[split:] for name, target in y.items()})
+
+
+def compare(models, x, y):
+    """Prints each task's metric on test data, for models by the name of their weighting."""
+    print(f"\n{f'on {len(x)} test images':30} | " + " | ".join(f"{name:>13}" for name in models))
+    print("-" * 30 + "-+-" + "-+-".join("-" * 13 for _ in models))
+    metrics = [task_metrics(model, x, y) for model in models.values()]
+    for metric in metrics[0]:
+        print(f"{metric:30} | " + " | ".join(f"{values[metric]:13.4f}" for values in metrics))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--epochs", type=int, default=15)
     epochs = parser.parse_args().epochs
 
-    x, y = rotated_digits()
-    # Batches of one size, so that an epoch's average is the same over batches and samples.
-    split = 22 * 64
-    x_train, y_train = x[:split], {name: target[:split] for name, target in y.items()}
-    x_test, y_test = x[split:], {name: target[split:] for name, target in y.items()}
-
+    train_data, test_data = split_digits()
     dwa = DynamicWeightAverage(list(TASKS), temperature=2.0)
-    weighted, history = train(x_train, y_train, epochs, dwa.loss_weights, [dwa])
-    equal, _ = train(x_train, y_train, epochs)
+    weighted, history = train(*train_data, epochs, dwa.loss_weights, [dwa])
+    equal, _ = train(*train_data, epochs)
 
     print(f"Keras {keras.__version__} on {keras.backend.backend()}: {epochs} epochs with {dwa}\n")
     print_epochs(history)
-    print(f"\n{'on ' + str(len(x_test)) + ' test images':30} | {'DWA':>8} | equal weights")
-    print("-" * 30 + "-+-" + "-" * 8 + "-+-" + "-" * 13)
-    with_equal = task_metrics(equal, x_test, y_test)
-    for metric, value in task_metrics(weighted, x_test, y_test).items():
-        print(f"{metric:30} | {value:8.4f} | {with_equal[metric]:8.4f}")
+    compare({"DWA": weighted, "equal weights": equal}, *test_data)
 
 
 if __name__ == "__main__":

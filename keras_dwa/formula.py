@@ -57,8 +57,8 @@ def dwa_weights(
     rates = _relative_descending_rates(previous, before_previous)
     largest = max(rates)
     # A logit below -800 is 0 in float64 after `exp`; capped there, it cannot overflow on the way.
-    logits = [(rate - largest) / Fraction(temperature) for rate in rates]
-    unnormalized = np.exp([float(max(logit, Fraction(-800))) for logit in logits])
+    exact, lowest = Fraction(temperature), Fraction(-800)
+    unnormalized = np.exp([float(max((rate - largest) / exact, lowest)) for rate in rates])
     weights: NDArray[np.float64] = len(rates) * unnormalized / unnormalized.sum()
     return weights
 

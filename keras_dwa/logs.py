@@ -134,4 +134,6 @@ def _base_loss(total: float, losses: Vector, weights: Vector, base_weights: Vect
     """What `total`, a sum under `weights` and more, would be under the base weights."""
     if not math.isfinite(total):
         return total
-    return total + float(np.sum((base_weights - weights) * losses))
+    # As Python's floats, which know 0 * inf.
+    differences = (base_weights - weights).tolist()
+    return total + sum(d * loss for d, loss in zip(differences, losses.tolist(), strict=True))

@@ -197,9 +197,9 @@ def check_effect(
     Returns:
         The `looks_static` of the next epoch.
     """
-    weighted, static = float(had @ losses), float(weights.base_weights @ losses)
-    if not math.isfinite(total + static):
+    if not (math.isfinite(total) and np.isfinite(losses).all()):
         return looks_static
+    weighted, static = float(had @ losses), float(weights.base_weights @ losses)
     if total == 0 < weighted and min(losses) > 0:
         raise ValueError(
             f"`loss` was 0 in the logs, although its parts were {weights.by_name(losses)}. A "
@@ -271,7 +271,7 @@ def poisoned(losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:
     return [
         f"found the loss of {found} not finite while its weight was 0. Keras multiplies them, and "
         "0 * nan is nan, in the gradients, too: make finite what goes into the loss, as by\n"
-        "    keras.ops.nan_to_num(y_true)"
+        "    keras.ops.nan_to_num(y_true, posinf=0.0, neginf=0.0)"
     ]
 
 

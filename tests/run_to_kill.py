@@ -28,7 +28,20 @@ class Stop(keras.callbacks.Callback):
             signal.pause()
 
 
-def train(folder, save_freq, stop=None):
+class Momentum(DynamicWeightAverage):
+    """Keeps an array of its own beside those of Dynamic Weight Average, and changes it in place."""
+
+    def update(self, epoch, logs):
+        new, former = super().update(epoch, logs), self.factors
+        if new is None:
+            return None
+        velocity = self.state.setdefault("velocity", np.zeros(len(new)))
+        velocity *= 0.5
+        velocity += [0.5 * (new[name] - former[name]) for name in sorted(new)]
+        return {name: abs(former[name] + v) for name, v in zip(sorted(new), velocity, strict=True)}
+
+
+def train(folder, save_freq, rule=Momentum, stop=None):
     """Trains six epochs of five batches, and writes all that was trained.
 
     `stop` is an epoch and a batch, and where the run is to be killed, an event to set by then.
@@ -39,7 +52,7 @@ def train(folder, save_freq, stop=None):
     inputs, outputs = heads()
     normalized = {name: keras.layers.BatchNormalization()(y) for name, y in outputs.items()}
     model = keras.Model(inputs, normalized)
-    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.1)
+    dwa = rule(["easy", "hard"], temperature=0.1)
     model.compile(keras.optimizers.Adam(0.02), LOSSES, loss_weights=dwa.loss_weights)
     log = keras.callbacks.CSVLogger(folder / "log.csv", append=True)
     backup = keras.callbacks.BackupAndRestore(folder / "backup", save_freq)
@@ -54,4 +67,5 @@ def train(folder, save_freq, stop=None):
     except KeyboardInterrupt:
         fit(initial_epoch=stop[0])
     trained = [*model.variables, *model.optimizer.variables, *dwa.variables]
-    np.savez(folder / "trained.npz", *[keras.ops.convert_to_numpy(v) for v in trained])
+    arrays = [keras.ops.convert_to_numpy(variable) for variable in trained]
+    np.savez(folder / "trained.npz", *arrays, **dwa.state)

@@ -60,12 +60,23 @@ def test_custom_loop(run):
 
 
 def test_vae(run):
-    rows = [numbers(line) for line in run("vae.py", 4)[1:]]
-    assert len(rows) == 4
-    for row in rows:
-        assert row[1] + row[3] == pytest.approx(2, abs=0.003)
-    assert rows[3][1] != 1.0
-    assert rows[3][4] < rows[0][4]
+    rows = [numbers(line) for line in run("vae.py", 4)]
+    dwa, annealed = (rows[start : start + 4] for start in (3, 10))
+    assert [row[1] + row[3] for row in dwa] == pytest.approx([2] * 4, abs=0.003)
+    assert dwa[3][1] != 1.0
+    assert dwa[3][4] < dwa[0][4]
+    assert [row[3] for row in annealed] == [0.0, 0.0, 0.2, 0.4]
+    assert annealed[3][4] < annealed[1][4]
+
+
+def test_own_rules(run):
+    lines = run("own_rule.py", 3)
+    rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
+    soft_adapt, momentum = rows[:3], rows[3:]
+    assert [sum(row[1::2]) for row in soft_adapt] == pytest.approx([3, 3, 1], abs=0.003)
+    assert [sum(row[1::2]) for row in momentum] == pytest.approx([3, 3, 3], abs=0.003)
+    assert momentum[2][1::2] != [1.0, 1.0, 1.0]
+    assert [len(numbers(line)) for line in lines[-3:]] == [3, 3, 3]
 
 
 def test_pinn_nears_the_exact_solution(run):

@@ -9,21 +9,22 @@ import pytest
 import run_to_kill
 from common import BACKEND, check_run
 from processes import FORK, succeeds
+from run_to_kill import Momentum
 
 from keras_dwa import DynamicWeightAverage
 
 SPAWN = multiprocessing.get_context("spawn")
 
 
-def run(folder, save_freq, stop=None):
+def run(folder, save_freq, rule=Momentum, stop=None):
     folder.mkdir(exist_ok=True)
-    assert succeeds(run_to_kill.train, folder, save_freq, stop)
+    assert succeeds(run_to_kill.train, folder, save_freq, rule, stop)
 
 
-def run_and_kill(folder, save_freq, epoch, batch, context=FORK):
+def run_and_kill(folder, save_freq, epoch, batch, rule=Momentum, context=FORK):
     folder.mkdir(exist_ok=True)
     reached = context.Event()
-    arguments = (folder, save_freq, (epoch, batch, reached))
+    arguments = (folder, save_freq, rule, (epoch, batch, reached))
     process = context.Process(target=run_to_kill.train, args=arguments, daemon=True)
     process.start()
     assert reached.wait(timeout=120)
@@ -47,12 +48,13 @@ def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path):
         run_and_kill(tmp_path / "killed", "epoch", epoch, batch)
     run(tmp_path / "killed", "epoch")
     check_same(tmp_path / "killed", tmp_path / "whole")
+    assert np.abs(np.load(tmp_path / "whole" / "trained.npz")["velocity"]).max() > 1e-3
 
 
 def test_run_saved_within_an_epoch_goes_on_as_keras_does(tmp_path):
     # With 5 batches to an epoch, the 16th is the first of epoch 3. Keras trains that epoch again
     # from its first batch, with the parameters of the backup.
-    run(tmp_path / "continued", 4, (3, 0))
+    run(tmp_path / "continued", 4, stop=(3, 0))
     run_and_kill(tmp_path / "killed", 4, 3, 2)
     run(tmp_path / "killed", 4)
     check_same(tmp_path / "killed", tmp_path / "continued")
@@ -60,11 +62,11 @@ def test_run_saved_within_an_epoch_goes_on_as_keras_does(tmp_path):
 
 @pytest.mark.skipif(BACKEND != "torch", reason="the session on torch has another backend, too")
 def test_run_goes_on_under_another_backend_and_back(tmp_path, monkeypatch):
-    run_and_kill(tmp_path, "epoch", 2, 1)
+    run_and_kill(tmp_path, "epoch", 2, 1, DynamicWeightAverage)
     with monkeypatch.context() as environment:
         environment.setenv("KERAS_BACKEND", "jax")
-        run_and_kill(tmp_path, "epoch", 4, 1, context=SPAWN)
-    run(tmp_path, "epoch")
+        run_and_kill(tmp_path, "epoch", 4, 1, DynamicWeightAverage, SPAWN)
+    run(tmp_path, "epoch", DynamicWeightAverage)
     with (tmp_path / "log.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [int(row["epoch"]) for row in rows] == list(range(6))

@@ -373,6 +373,18 @@ def compound_loss_and_compiled_weights():
     fit(compiled(Twice(dwa), dwa.loss_weights), dwa)
 
 
+def two_compound_losses_of_two_weightings():
+    class Both(TwoHeads):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            return one(y, y_pred) + other(y, y_pred)
+
+    callbacks = new(["easy"]), new(["hard"])
+    one, other = (CompoundLoss({name: "mse"}, w) for w in callbacks for name in w.outputs)
+    model = Both()
+    model.compile("sgd")
+    fit(model, *callbacks)
+
+
 def losses_of_a_compound_loss_without_its_weights():
     dwa = new()
     fit(compiled(dict_model(), None, CompoundLoss(LOSSES, dwa).losses), dwa)
@@ -525,6 +537,7 @@ MISWIRINGS = [
     (total_loss_that_no_step_updates, EVERY, ONE_EPOCH, "its parts were {'easy'", "update_state("),
     (compound_loss_in_place_of_the_compiled_weights, EVERY, A_FEW_BATCHES, "without a loss"),
     (compound_loss_and_compiled_weights, EVERY, A_FEW_BATCHES, "as well", "Use one way only"),
+    (two_compound_losses_of_two_weightings, EVERY, NOT_AT_ALL, "two weightings", "['hard']"),
     (losses_of_a_compound_loss_without_its_weights, EVERY, A_FEW_BATCHES, COMPOUND_TO_WRITE),
     (weight_assigned_between_two_fits, EVERY, NOT_AT_ALL, "nan assigned", "assign({'easy': factor})"),
     (two_models_in_turn, EVERY, NOT_AT_ALL, "comes back", "loss_weights=other_weighting.loss_weights"),
