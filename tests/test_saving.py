@@ -144,9 +144,9 @@ def test_weights_loaded_before_the_callback_knows_its_model_are_warned_of(dwa, t
 
 def test_file_without_state_that_training_goes_on_from_is_warned_of(dwa, tmp_path):
     # As one that an earlier release wrote.
-    dict_model().save_weights(tmp_path / "state.weights.h5")
-    model = dict_model()
-    model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
+    model = compiled_model(dwa)
+    model.optimizer.build(model.trainable_variables)
+    model.save_weights(tmp_path / "state.weights.h5")
     dwa.set_model(model)
     model.load_weights(tmp_path / "state.weights.h5")
     written = "epoch 4, but starts afresh. The file that was read has no state that this release"
