@@ -24,13 +24,14 @@ class SoftAdapt(LossWeighting):
     beta = 10.0
 
     def update(self, epoch, logs):
-        losses = np.array([logs[f"{name}_loss"] for name in self.outputs])
+        names = sorted(self.outputs)
+        losses = np.array([logs[f"{name}_loss"] for name in names])
         former, self.state["losses"] = self.state.get("losses"), losses
         if former is None:
             return None
         slopes = losses - former
         unnormalized = np.exp(self.beta * (slopes - slopes.max()))
-        return dict(zip(self.outputs, unnormalized / unnormalized.sum(), strict=True))
+        return dict(zip(names, unnormalized / unnormalized.sum(), strict=True))
 
 
 class MomentumDWA(DynamicWeightAverage):

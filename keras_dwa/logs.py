@@ -43,12 +43,9 @@ def check_logs(logs: Logs, names: Sequence[str]) -> None:
     """Raises a ValueError unless the logs of training have all losses, and room for ours."""
     if missing := _missing_losses(logs, names):
         raise ValueError(
-            f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs as there. A "
-            "`train_step` must return\n"
-            "    self.compute_metrics(x, y, y_pred, sample_weight)\n"
-            "and a `compute_loss` start from\n"
-            "    super().compute_loss(x, y, y_pred, sample_weight, training)\n"
-            "or call a CompoundLoss, with `compile` without a loss."
+            f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs as there; return "
+            "`self.compute_metrics(x, y, y_pred, sample_weight)` from a `train_step`; call "
+            "`super().compute_loss(...)` or a CompoundLoss in `compute_loss`."
         )
     ours = [*(f"{name}_weight" for name in names), "base_loss", "val_base_loss"]
     if taken := [key for key in ours if key in logs]:
@@ -94,7 +91,7 @@ class EpochWeights:
 
     def change(self, weights: Vector) -> None:
         """The next batch has these weights."""
-        if not np.array_equal(weights, self.weights):
+        if weights is not self.weights and not np.array_equal(weights, self.weights):
             batch = max(self._begun, self.batches)
             self._sum = self._sum + (batch - self._since) * self.weights
             self.weights, self._since = weights, batch

@@ -48,9 +48,9 @@ class LossWeighting(Rule):
 
     Callbacks that read these come after this one in the list.
 
-    A model that the callback has not seen starts afresh, from the factors assigned last if no
-    training moved them since; a second `fit` of the same model goes on. One callback serves one
-    model at a time. `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store factors and
+    A model that the callback has not seen starts afresh, with the factors assigned since an epoch
+    was last trained; a second `fit` of the same model goes on. One callback serves one model at a
+    time. `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store factors and
     `state` with the model's. Pickled between two epochs, the callback keeps them without its model,
     and goes on with the first one that it is given. A copy is the callback itself: the model that
     was compiled with its weights would not see those of another.

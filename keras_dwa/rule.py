@@ -42,7 +42,7 @@ class Rule(BoundCallback):
         super().__init__()
         self.verbose = verbose
         self._weights = LossWeights(check_outputs(outputs))
-        # The factors assigned since training last moved them, with which a new model begins.
+        # The factors assigned since an epoch was last closed, with which a new model begins.
         self._assigned: dict[str, float] = {}
         # The memory while `update` runs, so that an error in it leaves the former one.
         self._draft: dict[str, Any] | None = None
@@ -157,7 +157,7 @@ class Rule(BoundCallback):
             if losses is None and weights.called:
                 weights.called = False
                 self._messages.append(
-                    "found nothing recorded, although the compound loss was called. Under "
+                    "found nothing recorded, but the compound loss was called. Under "
                     "`jax.jit`, assign what `stateless_call` returns to `weighting.variables`; "
                     "before `train_on_batch`, call `weighting.set_model(model)`."
                 )

@@ -151,15 +151,15 @@ def check_first_batches(model: keras.Model, weights: LossWeights) -> None:
     called = weights.recorded_averages() is not None
     if weights.in_logs and not called:
         raise ValueError(
-            "`model` neither was compiled with the loss weights nor called the compound loss of "
-            "this callback. Call it in `compute_loss`, or write\n"
+            "`model` was neither compiled with the loss weights, nor called the compound loss. "
+            "Call it in `compute_loss`, or write\n"
             "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
         )
     if called and not weights.in_logs:
         raise ValueError(
             "The compound loss was called in training, and the model compiled with its weights as "
-            "well. Use one way only; validate by `stateless_call`. (`compile` without a loss keeps "
-            "the former one: make the model anew.)"
+            "well. Use one way; validate by `stateless_call`. (`compile` without a loss keeps the "
+            "former: make the model anew.)"
         )
 
 
@@ -202,19 +202,16 @@ def check_effect(
     weighted, static = float(had @ losses), float(weights.base_weights @ losses)
     if total == 0 < weighted and min(losses) > 0:
         raise ValueError(
-            f"`loss` was 0 in the logs, although its parts were {weights.by_name(losses)}. A "
-            "`train_step` of your own must update Keras's metric of it:\n"
-            "    for metric in self.metrics:\n"
-            "        if metric.name == 'loss':\n"
-            "            metric.update_state(loss)"
+            f"`loss` was 0 in the logs, although its parts were {weights.by_name(losses)}. Update "
+            "Keras's metric of it in a `train_step`:\n"
+            "    next(m for m in self.metrics if m.name == 'loss').update_state(loss)"
         )
     looks_static = looks_static and math.isclose(total, static, rel_tol=1e-5)
     if looks_static and not math.isclose(weighted, static, rel_tol=1e-3):
         raise ValueError(
             f"The weights do not reach the loss: it was {total}, the sum under the base weights, "
-            f"with the weights {weights.by_name(had)}. Return from `compute_loss` what\n"
-            "    super().compute_loss(x, y, y_pred, sample_weight, training)\n"
-            "or a CompoundLoss gives, and train `self.compute_loss(...)` in a `train_step`."
+            f"with the weights {weights.by_name(had)}. Return `super().compute_loss(...)` or a "
+            "CompoundLoss from `compute_loss`; train on that in `train_step`."
         )
     return looks_static
 
@@ -270,7 +267,7 @@ def poisoned(losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:
         return []
     return [
         f"found the loss of {found} not finite while its weight was 0. Keras multiplies them, and "
-        "0 * nan is nan, in the gradients, too: make finite what goes into the loss, as by\n"
+        "0 * nan is nan. Make finite what goes into the loss:\n"
         "    keras.ops.nan_to_num(y_true, posinf=0.0, neginf=0.0)"
     ]
 
