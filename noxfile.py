@@ -11,12 +11,16 @@ BACKENDS = {
     "tensorflow": ["tensorflow-cpu==2.21.0", "tensorboard==2.21.0"],
     "jax": ["jax==0.10.2"],
     # With JAX, to read and write each other's files.
-    "torch": ["torch==2.13.0", "torchjd==0.18.0", "onnx", "onnxscript", "jax==0.10.2"],
+    "torch": [
+        *("torch==2.13.0", "torchjd==0.18.0", "softadapt==0.2.0", "onnx", "onnxscript"),
+        "jax==0.10.2",
+    ],
 }
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in ("compound_loss", "fit", "interrupted", "logs", "saving", "state", "wiring")
 ]
+MANUAL = ["README.md", "docs"]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
 # The tuner imports six, and does not require it.
 TEST_TOOLS += ["cloudpickle", "coverage", "keras-tuner", "six"]
@@ -63,7 +67,7 @@ def tests(session, backend):
         # Which takes every branch that there is. Tracing doubles the time, on Python 3.11.
         session.run("coverage", "erase")
         runner = ("coverage", "run", "-m", "pytest")
-    run_tests(session, backend, "README.md", runner=runner)
+    run_tests(session, backend, *MANUAL, runner=runner)
 
 
 @nox.session
@@ -90,7 +94,7 @@ def nightly(session, backend):
     session.run("pip", "uninstall", "--yes", "keras", silent=True)
     session.install("--pre", "--upgrade", "keras-nightly")
     session.install("--no-deps", ".")
-    run_tests(session, backend, "README.md")
+    run_tests(session, backend, *MANUAL)
 
 
 @nox.session(default=False)
@@ -98,7 +102,7 @@ def nightly(session, backend):
 def every_mode(session, backend):
     """Every test in every mode, of which the default session runs a part."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    run_tests(session, backend, "--modes=every", "README.md")
+    run_tests(session, backend, "--modes=every", *MANUAL)
 
 
 @nox.session(default=False)
