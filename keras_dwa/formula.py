@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from fractions import Fraction
+from functools import cmp_to_key
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,7 +27,7 @@ def dwa_weights(
 
     A loss that is 0 in both epochs is done: its rate is 1, the rate of a loss that stays as it is.
 
-    The rates and their differences are computed exactly, as fractions, so that no ratio, however
+    The rates and their differences are computed exactly, as ratios of integers, so that no ratio, however
     large or small, overflows: the weights are always finite, never negative, and sum to K.
 
     Args:
@@ -55,15 +55,23 @@ def dwa_weights(
     """
     temperature = check_temperature(temperature)
     rates = _relative_descending_rates(previous, before_previous)
-    largest = max(rates)
-    # A logit below -800 is 0 in float64 after `exp`; capped there, it cannot overflow on the way.
-    exact, lowest = Fraction(temperature), Fraction(-800)
-    unnormalized = np.exp([float(max((rate - largest) / exact, lowest)) for rate in rates])
+    largest = max(rates, key=cmp_to_key(_difference))
+    scale, unit = temperature.as_integer_ratio()
+    logits = []
+    for rate in rates:
+        # (rate - largest) / T. Below -800, `exp` is 0 in float64; capped there, none overflows.
+        numerator = _difference(rate, largest) * unit
+        denominator = rate[1] * largest[1] * scale
+        logits.append(max(numerator, -800 * denominator) / denominator)
+    unnormalized = np.exp(logits)
     weights: NDArray[np.float64] = len(rates) * unnormalized / unnormalized.sum()
     return weights
 
 
-def _relative_descending_rates(previous: ArrayLike, before_previous: ArrayLike) -> list[Fraction]:
+def _relative_descending_rates(
+    previous: ArrayLike, before_previous: ArrayLike
+) -> list[tuple[int, int]]:
+    """The exact rates, each as a numerator and a denominator > 0."""
     new = _check_averages("previous", previous)
     old = _check_averages("before_previous", before_previous)
     if new.shape != old.shape:
@@ -76,10 +84,18 @@ def _relative_descending_rates(previous: ArrayLike, before_previous: ArrayLike) 
             "A loss that was 0 in the epoch before and is not 0 now has no rate. "
             f"Found `previous = {new.tolist()}`, `before_previous = {old.tolist()}`."
         )
-    return [
-        Fraction(later) / Fraction(earlier) if earlier else Fraction(1)
-        for later, earlier in zip(new.tolist(), old.tolist(), strict=True)
-    ]
+    rates = []
+    for later, earlier in zip(new.tolist(), old.tolist(), strict=True):
+        numerator, divisor = (later if earlier else 1.0).as_integer_ratio()
+        denominator, multiplier = (earlier or 1.0).as_integer_ratio()
+        sign = 1 if denominator > 0 else -1
+        rates.append((sign * numerator * multiplier, sign * denominator * divisor))
+    return rates
+
+
+def _difference(rate: tuple[int, int], other: tuple[int, int]) -> int:
+    """The difference of two rates, times both denominators."""
+    return rate[0] * other[1] - other[0] * rate[1]
 
 
 def undefined_rates(

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import BACKEND
+from common import BACKEND, one_backend
 from processes import succeeds
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -69,6 +69,7 @@ def test_vae(run):
     assert annealed[3][4] < annealed[1][4]
 
 
+@one_backend
 def test_own_rules(run):
     lines = run("own_rule.py", 3)
     rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]

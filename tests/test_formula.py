@@ -4,8 +4,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from common import one_backend
 
 from keras_dwa import dwa_weights
+
+pytestmark = one_backend
 
 
 def test_weights_of_the_paper_by_hand():

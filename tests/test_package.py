@@ -9,6 +9,7 @@ import pytest
 from processes import succeeds
 
 
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="says nothing about a backend")
 def test_import_brings_in_keras_and_numpy_only():
     # Not forked: the process must have imported nothing else before.
     code = """

@@ -5,7 +5,7 @@ import warnings
 
 import mpmath
 import numpy as np
-from common import our_messages
+from common import one_backend, our_messages
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
@@ -45,6 +45,7 @@ def exact_weights(previous, before_previous, temperature):
     return [float(len(rates) * value / mpmath.fsum(exponentials)) for value in exponentials]
 
 
+@one_backend
 @given(epochs(), temperatures)
 @example(([1e300, 1e301], [1e-300, 1e-300]), 2.0)
 @example(([5e-324, 0.0, -0.0], [1.7e308, 5e-324, -5e-324]), 5e-324)
@@ -53,6 +54,7 @@ def test_weights_are_those_of_the_equation_to_1e_12(averages, temperature):
     np.testing.assert_allclose(dwa_weights(*averages, temperature), expected, 1e-12, atol=1e-300)
 
 
+@one_backend
 @given(epochs(), temperatures)
 def test_weights_are_finite_never_negative_and_sum_to_their_number(averages, temperature):
     weights = dwa_weights(*averages, temperature)
@@ -62,6 +64,7 @@ def test_weights_are_finite_never_negative_and_sum_to_their_number(averages, tem
     np.testing.assert_allclose(weights.sum(), len(weights), rtol=1e-12)
 
 
+@one_backend
 @given(epochs(usual), st.integers(-900, 900), st.data(), temperatures)
 def test_scale_of_a_loss_does_not_matter(averages, exponent, data, temperature):
     previous, before_previous = map(np.array, averages)
@@ -71,6 +74,7 @@ def test_scale_of_a_loss_does_not_matter(averages, exponent, data, temperature):
     np.testing.assert_array_equal(scaled, dwa_weights(previous, before_previous, temperature))
 
 
+@one_backend
 @given(epochs(), st.randoms(), temperatures)
 def test_order_of_the_losses_does_not_matter(averages, random, temperature):
     order = list(range(len(averages[0])))
@@ -79,6 +83,7 @@ def test_order_of_the_losses_does_not_matter(averages, random, temperature):
     np.testing.assert_allclose(permuted, dwa_weights(*averages, temperature)[order], rtol=1e-14)
 
 
+@one_backend
 @given(st.lists(st.integers(-500, 500), min_size=1, max_size=8), finite, usual, temperatures)
 def test_equal_rates_give_uniform_weights(exponents, previous, before_previous, temperature):
     assume(abs(previous) < 1e150)
@@ -88,6 +93,7 @@ def test_equal_rates_give_uniform_weights(exponents, previous, before_previous, 
     np.testing.assert_array_equal(weights, np.ones(len(exponents)))
 
 
+@one_backend
 @given(epochs(usual), usual, st.data(), temperatures)
 def test_weight_grows_with_its_rate_and_the_others_fall(averages, other, data, temperature):
     previous, before_previous = map(np.array, averages)
@@ -103,6 +109,7 @@ def test_weight_grows_with_its_rate_and_the_others_fall(averages, other, data, t
         assert change[raised] > 0
 
 
+@one_backend
 @given(epochs(), temperatures, st.floats(min_value=1, max_value=1e6))
 def test_weights_near_uniform_as_the_temperature_grows(averages, temperature, factor):
     assume(temperature * factor < math.inf)
@@ -113,6 +120,7 @@ def test_weights_near_uniform_as_the_temperature_grows(averages, temperature, fa
     assert distances[1] <= distances[0] + 1e-12
 
 
+@one_backend
 @given(epochs(usual))
 def test_weights_are_uniform_in_the_limit_of_the_temperature(averages):
     np.testing.assert_allclose(dwa_weights(*averages, 1e12), 1, atol=1e-5)

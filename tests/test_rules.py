@@ -14,6 +14,7 @@ from common import (
     X,
     Y,
     dict_model,
+    one_backend,
     train,
 )
 
@@ -59,6 +60,7 @@ def test_rule_that_reads_the_validation_losses_moves_the_weights(mode):
     np.testing.assert_allclose(history["loss"], totals, rtol=1e-5)
 
 
+@one_backend
 def test_rule_that_reads_a_metric_halves_a_weight_once_it_passes_a_threshold():
     def fit(rule):
         keras.utils.set_random_seed(0)
@@ -73,6 +75,7 @@ def test_rule_that_reads_a_metric_halves_a_weight_once_it_passes_a_threshold():
     assert fit(rule)["hard_weight"] == [2.0, 2.0, 2.0, 1.0]
 
 
+@one_backend
 def test_rule_gets_the_whole_logs_of_its_epoch():
     seen = []
 
@@ -84,6 +87,7 @@ def test_rule_gets_the_whole_logs_of_its_epoch():
     assert seen == [(e, {key: history[key][e] for key in history}) for e in range(2)]
 
 
+@one_backend
 def test_rule_gets_the_loss_of_a_single_output_by_its_name():
     seen = []
 
@@ -106,6 +110,7 @@ def test_rule_moves_the_weights_of_a_loop():
     assert rule.step({"easy": 4.0, "hard": 1.0})["easy"] == 0.25
 
 
+@one_backend
 def test_rule_without_an_override_moves_nothing():
     weighting = LossWeighting(NAMES)
     history = train(dict_model(), weighting)
@@ -116,6 +121,7 @@ def test_rule_without_an_override_moves_nothing():
 # What it returns.
 
 
+@one_backend
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
@@ -153,6 +159,7 @@ def test_nonsense_is_an_error_that_names_the_rule_and_leaves_all_as_it_was(retur
     assert rule._weights.recorded_averages() == {"easy": 8.0, "hard": 1.0}
 
 
+@one_backend
 @pytest.mark.parametrize("value", [None, "text", [None], np.array(["a"])])
 def test_state_must_be_arrays_of_numbers(value):
     class Remember(LossWeighting):
@@ -209,6 +216,7 @@ def test_state_and_factors_are_restored_bit_for_bit(tmp_path, way):
     assert (resumed.state, resumed.factors) == ({}, {"easy": 1.0, "hard": 1.0})
 
 
+@one_backend
 def test_state_goes_from_rule_to_rule(tmp_path):
     # DWA goes on where a rule without its memory left the factors.
     model, dwa = dict_model(), DynamicWeightAverage(NAMES)
@@ -222,6 +230,7 @@ def test_state_goes_from_rule_to_rule(tmp_path):
     assert sum(dwa.factors.values()) == pytest.approx(2)
 
 
+@one_backend
 def test_second_fit_goes_on_and_a_second_model_starts_afresh():
     rule, model = Count(NAMES), dict_model()
     train(model, rule, epochs=2)
@@ -243,6 +252,7 @@ def test_rule_with_a_compound_loss_under_fit(mode):
         np.testing.assert_allclose(history[f"{name}_weight"], [1.0, *rates[:2]], rtol=1e-6)
 
 
+@one_backend
 def test_verbose_prints_what_a_rule_sets_and_nothing_without_one(capsys):
     train(dict_model(), Count(NAMES, verbose=1), epochs=1)
     assert capsys.readouterr().out == (
@@ -252,6 +262,7 @@ def test_verbose_prints_what_a_rule_sets_and_nothing_without_one(capsys):
     assert capsys.readouterr().out == ""
 
 
+@one_backend
 def test_rule_is_shown_by_its_name_and_outputs():
     assert repr(Count(NAMES)) == "Count(['easy', 'hard'])"
     assert repr(Count({"easy": 2.0})) == "Count({'easy': 2.0})"

@@ -8,7 +8,7 @@ import cloudpickle
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, X, Y, dict_model, train
+from common import BACKEND, LOSSES, X, Y, dict_model, one_backend, train
 from loops import train_loop
 
 from keras_dwa import CompoundLoss, LossWeightScheduler
@@ -40,7 +40,6 @@ def test_schedule_gives_the_factors_of_every_epoch(mode):
         np.testing.assert_allclose(history[f"{prefix}base_loss"], easy + 4 * hard, rtol=1e-5)
 
 
-@pytest.mark.every_mode
 def test_head_does_not_move_in_the_phases_in_which_it_is_off(mode):
     scheduler = LossWeightScheduler(NAMES, phases)
     heads = []
@@ -118,6 +117,7 @@ def test_loop_has_the_factors_of_epoch_0_from_the_start_and_step_goes_on(compile
     assert scheduler._weights.state.epochs == 3
 
 
+@one_backend
 def test_step_goes_on_without_any_losses():
     scheduler = LossWeightScheduler(NAMES, ramp)
     assert scheduler.factors == {"easy": 1.0, "hard": 0.0}
@@ -128,6 +128,7 @@ def test_step_goes_on_without_any_losses():
     assert scheduler.step()["hard"] == 0.25
 
 
+@one_backend
 def test_schedule_gets_the_factors_of_the_epoch_before_once_for_each_epoch():
     scheduler = LossWeightScheduler(NAMES, grow)
     model = dict_model()
@@ -136,6 +137,7 @@ def test_schedule_gets_the_factors_of_the_epoch_before_once_for_each_epoch():
     assert train(dict_model(), scheduler)["hard_weight"] == [2.0, 4.0, 8.0]
 
 
+@one_backend
 def test_schedule_may_change_the_factors_that_it_got_and_hold_them():
     def change(epoch, factors):
         if epoch == 2:
@@ -147,6 +149,7 @@ def test_schedule_may_change_the_factors_that_it_got_and_hold_them():
     assert history["hard_weight"] == [2.0, 3.0, 3.0, 4.0]
 
 
+@one_backend
 @pytest.mark.parametrize("save_freq", ["epoch", 7])
 def test_resumed_run_has_the_factors_of_the_epoch_that_comes_next(tmp_path, save_freq):
     class Stop(keras.callbacks.Callback):
@@ -167,6 +170,7 @@ def test_resumed_run_has_the_factors_of_the_epoch_that_comes_next(tmp_path, save
     assert fit()["hard_weight"] == [4.0, 8.0]
 
 
+@one_backend
 def test_pickled_scheduler_goes_on():
     scheduler = LossWeightScheduler(NAMES, grow)
     scheduler.step()
@@ -174,6 +178,7 @@ def test_pickled_scheduler_goes_on():
         assert module.loads(module.dumps(scheduler)).step()["hard"] == 8.0
 
 
+@one_backend
 def test_verbose_prints_the_weights_at_the_start_of_each_epoch(capsys):
     train(dict_model(), LossWeightScheduler(NAMES, ramp, verbose=1), epochs=2)
     assert capsys.readouterr().out == (
@@ -182,12 +187,14 @@ def test_verbose_prints_the_weights_at_the_start_of_each_epoch(capsys):
     )
 
 
+@one_backend
 @pytest.mark.parametrize("schedule", [None, {"hard": 0.5}, 0.5])
 def test_schedule_must_be_a_function(schedule):
     with pytest.raises(ValueError, match=re.escape(f"Found `schedule = {schedule!r}`")):
         LossWeightScheduler(NAMES, schedule)
 
 
+@one_backend
 @pytest.mark.parametrize(("returned", "found"), [({"hard": -1.0}, "-1.0 for 'hard'"), (3, "3.")])
 def test_schedule_that_returns_nonsense_leaves_the_weights_as_they_were(returned, found):
     def schedule(epoch, factors):
@@ -200,6 +207,7 @@ def test_schedule_that_returns_nonsense_leaves_the_weights_as_they_were(returned
     assert scheduler.factors == {"easy": 1.0, "hard": 0.5}
 
 
+@one_backend
 def test_step_within_fit_is_an_error():
     scheduler = LossWeightScheduler(NAMES, ramp)
     read = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: scheduler.step())

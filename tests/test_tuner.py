@@ -3,7 +3,7 @@
 import keras
 import keras_tuner
 import pytest
-from common import LOSSES, X, Y, check_run, dict_model
+from common import LOSSES, X, Y, check_run, dict_model, one_backend
 
 from keras_dwa import DynamicWeightAverage
 
@@ -34,6 +34,7 @@ class Search(keras_tuner.HyperModel):
         return history
 
 
+@one_backend
 @pytest.mark.parametrize("given", ["to search", "in the hypermodel"])
 def test_every_trial_starts_afresh_and_moves_the_weights_by_its_temperature(tmp_path, given):
     dwa = DynamicWeightAverage(["easy", "hard"]) if given == "to search" else None
