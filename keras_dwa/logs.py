@@ -132,5 +132,5 @@ def _base_loss(total: float, losses: Vector, weights: Vector, base_weights: Vect
     if not math.isfinite(total):
         return total
     # As Python's floats, which know 0 * inf.
-    differences = (base_weights - weights).tolist()
-    return total + sum(d * loss for d, loss in zip(differences, losses.tolist(), strict=True))
+    pairs = zip((base_weights - weights).tolist(), losses.tolist(), strict=True)
+    return total + float(sum(difference * loss for difference, loss in pairs))

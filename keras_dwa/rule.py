@@ -13,7 +13,7 @@ import numpy as np
 from keras_dwa.arguments import check_factors, check_losses, check_memory, check_outputs
 from keras_dwa.logs import EpochWeights
 from keras_dwa.loss_weights import LossWeight, LossWeights, State
-from keras_dwa.wiring import check_no_fit
+from keras_dwa.wiring import check_no_fit, put_back
 
 
 class BoundCallback(keras.callbacks.Callback):
@@ -179,6 +179,7 @@ class Rule(BoundCallback):
 
     def _close_epoch(self, epoch: int, logs: Mapping[str, float]) -> None:
         weights = self._weights
+        self._messages += put_back(weights)
         # Copies, for a rule may change an array in place.
         self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
         try:

@@ -209,9 +209,20 @@ def test_entries_are_read_only(weighting):
     assert float(weight) == 3.0
 
 
+def test_variables_of_a_former_epoch_are_warned_of_and_replaced():
+    # As a loop under `jax.jit` assigns them that read them too early.
+    dwa = DynamicWeightAverage(["easy", "hard"])
+    former = keras.ops.convert_to_numpy(dwa.variables[0]).copy()
+    dwa.step({"easy": 2.0, "hard": 4.0})
+    moved = dwa.step({"easy": 1.0, "hard": 3.0})
+    dwa.variables[0].assign(former)
+    with pytest.warns(UserWarning, match="by hand, .*read `weighting.variables` anew after each"):
+        dwa.step({"easy": 0.5, "hard": float("inf")})
+    assert {name: float(weight) for name, weight in dwa.loss_weights.items()} == moved
+
+
 @pytest.mark.parametrize("way", ["by hand", "in its state tree"])
 def test_values_assigned_to_the_vector_are_warned_of_and_replaced(way):
-    # As a loop under `jax.jit` assigns variables that it read too early.
     model, dwa = dict_model(), DynamicWeightAverage(["easy", "hard"], temperature=0.2)
     train(model, dwa)
     own, tree = dwa.step(), model.get_state_tree("numpy_array")

@@ -217,6 +217,14 @@ def test_state_and_factors_are_restored_bit_for_bit(tmp_path, way):
 
 
 @one_backend
+def test_pickle_of_release_0_1_0_says_what_to_do():
+    with pytest.raises(RuntimeError, match=r"by keras_dwa 0\.1\.0.*\n.*DynamicWeightAverage\(out"):
+        pickle.loads(b"ckeras_dwa.callback\nDynamicWeightAverage\n.")
+    with pytest.raises(AttributeError, match="Other"):
+        pickle.loads(b"ckeras_dwa.callback\nOther\n.")
+
+
+@one_backend
 def test_state_goes_from_rule_to_rule(tmp_path):
     # DWA goes on where a rule without its memory left the factors.
     model, dwa = dict_model(), DynamicWeightAverage(NAMES)

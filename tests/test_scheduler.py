@@ -107,6 +107,21 @@ def test_annealed_term_is_absent_at_zero_and_ramps_up_without_a_trace(mode):
         assert model.traces == off.traces
 
 
+@one_backend
+def test_schedule_whose_weights_do_not_reach_the_loss_is_found_in_the_first_epoch():
+    class Unweighted(Autoencoder):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            super().compute_loss(x, y, y_pred, sample_weight, training)
+            errors = keras.ops.square(x - y_pred["image"])
+            return keras.ops.mean(errors) + keras.ops.mean(keras.ops.square(y_pred["code"]))
+
+    scheduler = LossWeightScheduler(["reconstruction", "kl"], lambda epoch, factors: {"kl": 0.0})
+    model = Unweighted(scheduler)
+    model.compile("sgd")
+    with pytest.raises(ValueError, match=r"do not reach the loss.*'kl': 0\.0"):
+        model.fit(X, batch_size=8, verbose=0, callbacks=[scheduler])
+
+
 @pytest.mark.parametrize("compiled", [True, False])
 def test_loop_has_the_factors_of_epoch_0_from_the_start_and_step_goes_on(compiled):
     scheduler = LossWeightScheduler({"easy": 1.0, "hard": 4.0}, ramp)
