@@ -68,6 +68,14 @@ class LossWeightScheduler(LossWeighting):
         if self.verbose > 0:
             self._print_weights(epoch)
 
+    def assign(self, factors: Mapping[str, float]) -> None:
+        super().assign(factors)
+        # What the schedule leaves out stays as assigned, where this epoch begins again, too.
+        names, present = sorted(self.outputs), self.factors
+        pairs = zip(names, self.state["before"].tolist(), strict=True)
+        before = [present[name] if name in factors else former for name, former in pairs]
+        self.state["before"] = np.array(before)
+
     def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
         """Closes an epoch, and goes on to the factors of the next.
 

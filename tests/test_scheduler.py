@@ -153,6 +153,14 @@ def test_schedule_gets_the_factors_of_the_epoch_before_once_for_each_epoch():
 
 
 @one_backend
+def test_factors_that_a_schedule_leaves_out_may_be_assigned():
+    scheduler = LossWeightScheduler(NAMES, ramp)
+    scheduler.assign({"easy": 5.0, "hard": 7.0})
+    history = train(dict_model(), scheduler, epochs=2)
+    assert (history["easy_weight"], history["hard_weight"]) == ([5.0, 5.0], [0.0, 0.25])
+
+
+@one_backend
 def test_schedule_may_change_the_factors_that_it_got_and_hold_them():
     def change(epoch, factors):
         if epoch == 2:
