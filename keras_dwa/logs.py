@@ -44,8 +44,8 @@ def check_logs(logs: Logs, names: Sequence[str]) -> None:
     if missing := _missing_losses(logs, names):
         raise ValueError(
             f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs as there; return "
-            "`self.compute_metrics(x, y, y_pred, sample_weight)` from a `train_step`; call "
-            "`super().compute_loss(...)` or a CompoundLoss in `compute_loss`."
+            "`self.compute_metrics(...)` from a `train_step`; in `compute_loss`, call "
+            "`super().compute_loss(...)`, or a CompoundLoss and `compile` without a loss."
         )
     ours = [*(f"{name}_weight" for name in names), "base_loss", "val_base_loss"]
     if taken := [key for key in ours if key in logs]:

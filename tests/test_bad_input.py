@@ -2,13 +2,14 @@
 
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import keras
 import numpy as np
 import pytest
-from common import floatx
+from common import floatx, one_backend
 
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import DynamicWeightAverage, _keras_internals
 
 
 @pytest.fixture
@@ -16,8 +17,9 @@ def dwa():
     return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
 
 
-@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf"), "2", None])
-def test_temperature_must_be_finite_and_positive(dwa, temperature):
+@one_backend
+@pytest.mark.parametrize("temperature", [0, float("nan"), "2"])
+def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa, temperature):
     found = re.escape(f"Found `temperature = {temperature!r}`")
     with pytest.raises(ValueError, match=found):
         DynamicWeightAverage(["a"], temperature)
@@ -26,6 +28,7 @@ def test_temperature_must_be_finite_and_positive(dwa, temperature):
     assert dwa.temperature == 0.2
 
 
+@one_backend
 @pytest.mark.parametrize(
     ("outputs", "message"),
     [
@@ -34,7 +37,6 @@ def test_temperature_must_be_finite_and_positive(dwa, temperature):
         ("depth", "must be a sequence of output names, or a dict of name to base weight. Found"),
         ({"a", "b"}, "must be a sequence"),
         (3, "Found `outputs = 3`"),
-        (None, "Found `outputs = None`"),
         (["a", "b", "a"], "names 'a' more than once"),
         (["a", 1], "must hold names. Found 1 in"),
         ([b"a"], "must hold names. Found b'a' in"),
@@ -42,9 +44,7 @@ def test_temperature_must_be_finite_and_positive(dwa, temperature):
         ({"a": 0.0}, "Found 0.0 for 'a'"),
         ({"a": 1.0, "b": -2}, "Found -2 for 'b'"),
         ({"a": float("nan")}, "Found nan for 'a'"),
-        ({"a": float("inf")}, "Found inf for 'a'"),
         ({"a": "1"}, "Found '1' for 'a'"),
-        ({"a": None}, "Found None for 'a'"),
         # Twice this weight is infinite in float32, and this one is 0.
         ({"a": 2e38, "b": 1.0}, "stay so in float32. Found 2e+38 for 'a'"),
         ({"a": 1e-60}, "stay so in float32. Found 1e-60 for 'a'"),
@@ -62,33 +62,32 @@ def test_outputs_must_be_different_names_with_finite_positive_base_weights(outpu
         DynamicWeightAverage(outputs)
 
 
+@one_backend
 def test_base_weights_cannot_be_assigned_later(dwa):
     with pytest.raises(TypeError, match="does not support item assignment"):
         dwa.outputs["easy"] = 5.0
 
 
-@pytest.mark.parametrize(
-    ("dtype", "outputs", "message"),
-    [
+def test_base_weights_have_the_range_of_floatx():
+    for dtype, outputs, refused in [
         ("float32", {"a": float(np.finfo("float32").tiny), "b": 2.0**126}, None),
         ("float32", {"a": float(np.finfo("float32").max) / 2, "b": 1.0}, None),
         ("float64", {"a": 1e300, "b": 1e-300}, None),
         ("float16", {"a": 30000.0, "b": 1.0}, None),
-        ("float16", {"a": 40000.0, "b": 1.0}, "stay so in float16. Found 40000.0 for 'a'"),
-        ("float16", {"a": 1e-6}, "stay so in float16. Found 1e-06 for 'a'"),
+        ("float16", {"a": 40000.0, "b": 1.0}, "40000.0"),
+        ("float16", {"a": 1e-6}, "1e-06"),
         ("bfloat16", {"a": 1e38, "b": 1.0}, None),
-        ("bfloat16", {"a": 2e38, "b": 1.0}, "stay so in bfloat16. Found 2e+38 for 'a'"),
-    ],
-)
-def test_base_weights_have_the_range_of_floatx(dtype, outputs, message):
-    refused = pytest.raises(ValueError, match=re.escape(message)) if message else nullcontext()
-    with floatx(dtype), refused:
-        weights = DynamicWeightAverage(outputs).loss_weights
-        assert {weight.dtype for weight in weights.values()} == {dtype}
-        found = {name: float(weight) for name, weight in weights.items()}
-        assert found == pytest.approx(outputs, rel=1e-2)
+        ("bfloat16", {"a": 2e38, "b": 1.0}, "2e+38"),
+    ]:
+        message = re.escape(f"stay so in {dtype}. Found {refused} for 'a'")
+        with floatx(dtype), pytest.raises(ValueError, match=message) if refused else nullcontext():
+            weights = DynamicWeightAverage(outputs).loss_weights
+            assert {weight.dtype for weight in weights.values()} == {dtype}
+            found = {name: float(weight) for name, weight in weights.items()}
+            assert found == pytest.approx(outputs, rel=1e-2)
 
 
+@one_backend
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
@@ -97,10 +96,8 @@ def test_base_weights_have_the_range_of_floatx(dtype, outputs, message):
         ({"easy": 1.0, "hard": 1.0, "more": 1.0}, "Found ['easy', 'hard', 'more']"),
         ({"easy": 1.0, "hard": [1.0, 2.0]}, "scalar tensor. Found [1.0, 2.0] for 'hard'"),
         ({"easy": np.ones((1,)), "hard": 1.0}, "scalar tensor. Found array([1.]) for 'easy'"),
-        ({"easy": None, "hard": 1.0}, "Found None for 'easy'"),
         ({"easy": "1.5", "hard": 1.0}, "Found '1.5' for 'easy'"),
         ({"easy": 1j, "hard": 1.0}, "Found 1j for 'easy'"),
-        ({"easy": 10**400, "hard": 1.0}, "for 'easy'"),
     ],
 )
 def test_step_takes_one_scalar_per_output(dwa, losses, message):
@@ -110,69 +107,61 @@ def test_step_takes_one_scalar_per_output(dwa, losses, message):
     assert dwa.step() == before
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_average_that_is_not_finite_holds_the_weights_and_is_left_out(dwa, value):
-    dwa.step({"easy": 2.0, "hard": 4.0})
-    before = dwa.step({"easy": 1.0, "hard": 3.0})
-    message = rf"holds the loss weights after 3 epochs: .* 'hard' \({value}\) is not finite"
-    with pytest.warns(UserWarning, match=message):
-        assert dwa.step({"easy": 0.5, "hard": value}) == before
-    with pytest.warns(UserWarning, match=r"the loss of 'easy' \(nan\), 'hard' \(inf\) is not"):
-        assert dwa.step({"easy": float("nan"), "hard": float("inf")}) == before
-    # As if the epoch had not been: 1 -> 0.5 and 3 -> 1.5.
-    np.testing.assert_allclose(dwa.step({"easy": 0.5, "hard": 1.5})["easy"], 1.0, rtol=1e-6)
+# The weights of any such history are in `test_properties.py`.
+@one_backend
+@pytest.mark.parametrize(
+    ("epochs", "message"),
+    [
+        (
+            [(2.0, 4.0), (1.0, 3.0), (0.5, float("nan")), (0.5, 1.5)],
+            "holds the loss weights after 3 epochs: the loss of 'hard' (nan) is not finite",
+        ),
+        (
+            [(float("nan"), -float("inf")), (1.0, 2.0)],
+            "the loss of 'easy' (nan), 'hard' (-inf) is not finite",
+        ),
+        (
+            [(2.0, 4.0), (0.0, 4.0), (0.5, 2.0), (0.25, 1.0)],
+            "holds the loss weights after 3 epochs: the loss of 'easy' (0.5) rose from 0",
+        ),
+        (
+            [(1.0, 1.0), (-1.0, 1.0), (-2.0, 2.0)],
+            "the loss of 'easy' (-1.0) changed its sign after 2 epochs",
+        ),
+    ],
+)
+def test_odd_average_is_warned_of_by_name_value_and_epoch(dwa, epochs, message):
+    *before, odd, after = (dict(zip(dwa.outputs, losses, strict=True)) for losses in epochs)
+    for losses in before:
+        dwa.step(losses)
+    held = dwa.step()
+    with pytest.warns(UserWarning, match=re.escape(message)):
+        weights = dwa.step(odd)
+    assert (weights == held) == ("sign" not in message)
+    # Equal rates, from the last epoch that counts.
+    np.testing.assert_allclose(dwa.step(after)["easy"], 1.0, rtol=1e-6)
 
 
-def test_loss_that_is_zero_twice_has_rate_one(dwa):
-    dwa.step({"easy": 0.0, "hard": 4.0})
-    weights = dwa.step({"easy": 0.0, "hard": 4.0})
-    np.testing.assert_allclose(weights["easy"], 1.0, rtol=1e-6)
+@one_backend
+def test_changed_sign_is_warned_of_once_until_reset(dwa):
+    for _ in range(2):
+        dwa.step({"easy": 1.0, "hard": 1.0})
+        with pytest.warns(UserWarning, match=r"'hard' \(-1.0\) changed its sign"):
+            dwa.step({"easy": 1.0, "hard": -1.0})
+        dwa.step({"easy": 1.0, "hard": 1.0})
+        dwa.reset()
 
 
-def test_loss_that_rises_from_zero_holds_the_weights(dwa):
-    dwa.step({"easy": 2.0, "hard": 4.0})
-    before = dwa.step({"easy": 0.0, "hard": 4.0})
-    with pytest.warns(UserWarning, match=r"holds .* after 3 epochs: .* 'easy' \(0.5\) rose from 0"):
-        assert dwa.step({"easy": 0.5, "hard": 2.0}) == before
-    # The next epoch has a rate again.
-    np.testing.assert_allclose(dwa.step({"easy": 0.25, "hard": 1.0})["easy"], 1.0, rtol=1e-6)
-
-
-def test_loss_that_changes_its_sign_follows_the_formula_with_one_warning(dwa):
-    dwa.step({"easy": 1.0, "hard": 1.0})
-    with pytest.warns(UserWarning, match=r"'easy' \(-1.0\) changed its sign after 2 epochs"):
-        weights = dwa.step({"easy": -1.0, "hard": 1.0})
-    np.testing.assert_allclose(
-        weights["easy"], 2 / (1 + np.exp(2 / 0.2)), rtol=1e-6
-    )  # Rates -1 and 1.
-    dwa.step({"easy": 1.0, "hard": 1.0})
-    dwa.reset()
-    dwa.step({"easy": 1.0, "hard": 1.0})
-    with pytest.warns(UserWarning, match="changed its sign"):
-        dwa.step({"easy": 1.0, "hard": -1.0})
-
-
-@pytest.mark.parametrize("ratio", [1e-300, 1e300])
-def test_extreme_ratios_give_finite_weights(dwa, ratio):
-    dwa.step({"easy": 1.0, "hard": 1.0})
-    weights = dwa.step({"easy": ratio, "hard": 1.0})
-    assert all(np.isfinite(weight) and weight >= 0 for weight in weights.values())
-    np.testing.assert_allclose(sum(weights.values()), 2, rtol=1e-6)
-
-
+@one_backend
 def test_keras_without_the_private_attribute_is_named():
-    class NoKeras:
-        pass
-
-    from keras_dwa import _keras_internals
-
-    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no `NoKeras\._comp"):
-        _keras_internals.compiled_loss_weights(NoKeras())
-    with pytest.raises(RuntimeError, match=rf"Keras {keras.__version__} has no `NoKeras\._trac"):
-        _keras_internals.track(NoKeras(), keras.metrics.Mean())
-    model = NoKeras()
-    model._compile_loss = model._tracker = NoKeras()
-    with pytest.raises(RuntimeError, match=r"NoKeras\._user_loss_weights"):
-        _keras_internals.compiled_loss_weights(model)
-    with pytest.raises(RuntimeError, match=r"NoKeras\.locked"):
-        _keras_internals.track(model, keras.metrics.Mean())
+    mean, nothing = keras.metrics.Mean(), SimpleNamespace()
+    of_nothing = SimpleNamespace(_compile_loss=nothing, _tracker=nothing)
+    for look, attribute in [
+        (lambda: _keras_internals.compiled_loss_weights(nothing), "_compile_loss"),
+        (lambda: _keras_internals.compiled_loss_weights(of_nothing), "_user_loss_weights"),
+        (lambda: _keras_internals.track(nothing, mean), "_tracker"),
+        (lambda: _keras_internals.track(of_nothing, mean), "locked"),
+    ]:
+        message = f"Keras {keras.__version__} has no `SimpleNamespace.{attribute}`"
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            look()
