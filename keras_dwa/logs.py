@@ -43,7 +43,7 @@ def check_logs(logs: Logs, names: Sequence[str]) -> None:
     """Raises a ValueError unless the logs of training have all losses, and room for ours."""
     if missing := _missing_losses(logs, names):
         raise ValueError(
-            f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs as there; return "
+            f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs so; return "
             "`self.compute_metrics(...)` from a `train_step`; in `compute_loss`, call "
             "`super().compute_loss(...)`, or a CompoundLoss and `compile` without a loss."
         )

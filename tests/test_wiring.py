@@ -299,7 +299,7 @@ MISWIRINGS = {
         row("step_to_read_the_weights_within_fit", "closes an epoch", "weighting.loss_w", **BY_CALL,
             callbacks=lambda dwa: [Lambda(on_train_batch_end=lambda *_, **__: dwa.step()), dwa]),
         row("compound_loss_in_place_of_the_compiled_weights", "It has ['loss']",
-            "a CompoundLoss in `compute_loss`", bases=[ComputeLoss]),
+            "a CompoundLoss and `compile` without a loss", bases=[ComputeLoss]),
         row("compound_loss_and_weights", "as well", "Use one way",
             bases=[ComputeLoss], own={"compute_loss": twice}),
         row("losses_without_the_weights", COMPOUND,
