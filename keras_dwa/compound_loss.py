@@ -97,20 +97,20 @@ class CompoundLoss(keras.losses.Loss):
                 `sample_weight` has a name that no loss has.
         """
         self._check_has_losses()
-        self._check_outputs("y_true", y_true)
-        self._check_outputs("y_pred", y_pred)
+        names = list(self._losses)
+        _check_outputs("y_true", y_true, names)
+        _check_outputs("y_pred", y_pred, names)
         if not isinstance(sample_weight, Mapping):
-            sample_weight = dict.fromkeys(self._losses, sample_weight)
-        elif not set(sample_weight) <= set(self._losses):
+            sample_weight = dict.fromkeys(names, sample_weight)
+        elif not set(sample_weight) <= set(names):
             raise ValueError(
-                f"`sample_weight` takes the names {list(self._losses)}. Found "
-                f"{list(sample_weight)}."
+                f"`sample_weight` takes the names {names}. Found {list(sample_weight)}."
             )
         values = {
             name: loss(y_true[name], y_pred[name], sample_weight.get(name))
             for name, loss in self._losses.items()
         }
-        samples = keras.ops.shape(y_pred[next(iter(self._losses))])[0]
+        samples = keras.ops.shape(y_pred[names[0]])[0]
         return self._combine(values, samples)
 
     def combine(self, values: Mapping[str, Any], samples: Any = 1) -> Any:
@@ -154,7 +154,8 @@ class CompoundLoss(keras.losses.Loss):
         Raises:
             ValueError: as in a call, or if `variables` are not as many as `weighting.variables`.
         """
-        return self._stateless(variables, lambda: self(y_true, y_pred, sample_weight))
+        references = self._weighting.variables
+        return _stateless(variables, references, lambda: self(y_true, y_pred, sample_weight))
 
     def stateless_combine(
         self, variables: Sequence[Any], values: Mapping[str, Any], samples: Any = 1
@@ -172,26 +173,14 @@ class CompoundLoss(keras.losses.Loss):
         Raises:
             ValueError: as in `combine`, or if `variables` are not as many as `weighting.variables`.
         """
-        return self._stateless(variables, lambda: self.combine(values, samples))
+        references = self._weighting.variables
+        return _stateless(variables, references, lambda: self.combine(values, samples))
 
     def get_config(self) -> dict[str, Any]:
         raise ValueError(
             "A compound loss holds a callback and has no config. Make it anew in the `__init__` of "
             "the model that uses it."
         )
-
-    def _stateless(
-        self, variables: Sequence[Any], compute_loss: Callable[[], Any]
-    ) -> tuple[Any, list[Any]]:
-        references = self._weighting.variables
-        if len(variables) != len(references):
-            raise ValueError(
-                "`variables` must be the values of `weighting.variables`, "
-                f"{len(references)} of them. Found {len(variables)}."
-            )
-        with keras.StatelessScope(zip(references, variables, strict=True)) as scope:
-            loss = compute_loss()
-        return loss, [scope.get_current_value(variable) for variable in references]
 
     def _combine(self, values: Mapping[str, Any], samples: Any) -> Any:
         state = self._weighting._weights
@@ -216,16 +205,29 @@ class CompoundLoss(keras.losses.Loss):
                 "each name its loss: CompoundLoss({name: loss, ...}, weighting)"
             )
 
-    def _check_outputs(self, argument: str, outputs: Any) -> None:
-        names = list(self._losses)
-        if not isinstance(outputs, Mapping):
-            raise ValueError(
-                f"A compound loss takes dicts with the outputs {names}. Found a "
-                f"{type(outputs).__name__} for `{argument}`. For `compile`, write\n"
-                "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
-            )
-        if not set(names) <= set(outputs):
-            raise ValueError(f"`{argument}` must have the outputs {names}. Found {list(outputs)}.")
+
+def _check_outputs(argument: str, outputs: Any, names: list[str]) -> None:
+    if not isinstance(outputs, Mapping):
+        raise ValueError(
+            f"A compound loss takes dicts with the outputs {names}. Found a "
+            f"{type(outputs).__name__} for `{argument}`. For `compile`, write\n"
+            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+        )
+    if not set(names) <= set(outputs):
+        raise ValueError(f"`{argument}` must have the outputs {names}. Found {list(outputs)}.")
+
+
+def _stateless(
+    variables: Sequence[Any], references: list[keras.Variable], compute_loss: Callable[[], Any]
+) -> tuple[Any, list[Any]]:
+    if len(variables) != len(references):
+        raise ValueError(
+            f"`variables` must be the values of `weighting.variables`, {len(references)} of them. "
+            f"Found {len(variables)}."
+        )
+    with keras.StatelessScope(zip(references, variables, strict=True)) as scope:
+        loss = compute_loss()
+    return loss, [scope.get_current_value(variable) for variable in references]
 
 
 # What `compile` wraps a loss function in, for its mean, mask, sample weights and ranks. Keras
