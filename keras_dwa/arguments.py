@@ -6,9 +6,10 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dwa.epoch_weights import Vector
 from keras_dwa.formula import is_positive
 from keras_dwa.logs import check_log_names
-from keras_dwa.loss_weights import LossWeights, Vector, as_float
+from keras_dwa.loss_weights import LossWeights, as_float
 
 
 def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
@@ -39,20 +40,20 @@ def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, flo
     return {name: float(base_weight) for name, base_weight in base_weights.items()}
 
 
-def check_factors(found: Any, present: Vector, weights: LossWeights, source: str) -> Vector:
+def check_factors(
+    found: Any, present: Mapping[str, float], weights: LossWeights, source: str
+) -> Vector:
     """The factors with those found in place of the present ones, or a ValueError.
 
     Args:
-        found: a mapping of output name to factor, or None.
-        present: float64 array of shape `(K,)`.
+        found: a mapping of output name to factor.
+        present: output name to factor.
         weights: those of the weighting.
         source: who gave `found`, for the message.
     """
-    if found is None:
-        return present
     if not isinstance(found, Mapping):
         raise ValueError(f"{source} gave {found!r}. It must give a dict of name to factor.")
-    factors: dict[str, float | None] = {**weights.by_name(present)}
+    factors: dict[str, float | None] = {name: present[name] for name in weights.names}
     if unknown := [name for name in found if name not in factors]:
         raise ValueError(f"{source} gave factors for {unknown}. The outputs are {list(factors)}.")
     factors.update({name: as_float(value) for name, value in found.items()})
@@ -88,9 +89,10 @@ def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:
     """What a rule keeps as arrays that a file can have, or a ValueError."""
     arrays = {name: np.asarray(value) for name, value in memory.items()}
     for name, array in arrays.items():
-        if array.dtype.kind not in "biufc":
+        if not isinstance(name, str) or array.dtype.kind not in "biufc":
             raise ValueError(
-                f"{source} left {memory[name]!r} in `state[{name!r}]`. Put arrays of numbers there."
+                f"{source} left {memory[name]!r} in `state[{name!r}]`. It takes arrays of numbers, "
+                "by name."
             )
     return arrays
 

@@ -27,8 +27,8 @@ def dwa_weights(
 
     A loss that is 0 in both epochs is done: its rate is 1, the rate of a loss that stays as it is.
 
-    The rates and their differences are computed exactly, as ratios of integers, so that none, however
-    large or small, overflows: the weights are always finite, never negative, and sum to K.
+    Rates and their differences are computed exactly, as ratios of integers, so that none overflows,
+    however large: the weights are always finite, never negative, and sum to K.
 
     Args:
         previous: the averages of the last epoch, `L_k(t-1)`. Shape `(K,)`, any real dtype.

@@ -1,13 +1,13 @@
 """What the logs hold: names, losses out of them, weights and `base_loss` into them."""
 
 import math
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_dwa.loss_weights import LossWeights, Vector
+from keras_dwa.epoch_weights import Vector
+from keras_dwa.loss_weights import LossWeights
 
 Logs = Mapping[str, float]
 
@@ -28,9 +28,14 @@ def _missing_losses(logs: Logs, names: Sequence[str], prefix: str = "") -> list[
     return [key for key in (f"{prefix}loss", *_keys(logs, names, prefix)) if key not in logs]
 
 
-def losses_of(logs: Logs, names: Sequence[str], prefix: str = "") -> Vector:
-    """The outputs' unweighted losses: float64, shape `(K,)`."""
-    return np.array([logs[key] for key in _keys(logs, names, prefix)], dtype=np.float64)
+def losses_of(logs: Logs, names: Sequence[str], had: Vector, prefix: str = "") -> Vector:
+    """The outputs' unweighted losses, of an epoch that had these weights: float64, shape `(K,)`."""
+    keys = _keys(logs, names, prefix)
+    losses = np.array([logs[key] for key in keys], dtype=np.float64)
+    if keys != [f"{prefix}loss"]:
+        return losses
+    # Already weighted. What it was at weight 0, nothing tells.
+    return losses / np.where(had == 0, np.nan, had)
 
 
 def _keys(logs: Logs, names: Sequence[str], prefix: str) -> list[str]:
@@ -52,66 +57,15 @@ def check_logs(logs: Logs, names: Sequence[str]) -> None:
         raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
 
 
-class EpochWeights:
-    """The weights that the batches of an epoch have had so far.
-
-    Args:
-        weights: those of its first batch: float64, shape `(K,)`.
-
-    Attributes:
-        weights: those of the batch under way.
-        validation: those that the epoch's validation had; None where there was none.
-    """
-
-    def __init__(self, weights: Vector) -> None:
-        self.weights = weights
-        self.validation: Vector | None = None
-        self._sum, self._since, self._begun = np.zeros_like(weights), 0, 0
-        # By thread: where Keras has several call `on_train_batch_end`, each goes in order.
-        self._ended: dict[int, int] = {}
-
-    @property
-    def batches(self) -> int:
-        """How many batches have ended."""
-        return max(self._ended.values(), default=0)
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether all batches had the same weights."""
-        return self._since == 0
-
-    def begin(self, batch: int, weights: Vector) -> None:
-        """Batch number `batch` begins with these weights."""
-        self._begun = batch
-        self.change(weights)
-
-    def end(self, batch: int) -> None:
-        """Batch number `batch` has ended."""
-        self._ended[threading.get_ident()] = batch + 1
-
-    def change(self, weights: Vector) -> None:
-        """The next batch has these weights."""
-        if weights is not self.weights and not np.array_equal(weights, self.weights):
-            batch = max(self._begun, self.batches)
-            self._sum = self._sum + (batch - self._since) * self.weights
-            self.weights, self._since = weights, batch
-
-    def mean(self) -> Vector:
-        """The mean of the weights over the batches: float64, shape `(K,)`."""
-        if self.is_constant:
-            return self.weights
-        mean: Vector = (self._sum + (self.batches - self._since) * self.weights) / self.batches
-        return mean
-
-
-def add_to_logs(logs: dict[str, float], weights: LossWeights, had: EpochWeights) -> list[str]:
+def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
     """Adds the weights that the epoch had, and the losses under the base weights.
 
     Returns:
         What there is to warn of.
     """
-    names, mean = weights.names, had.mean()
-    losses = losses_of(logs, names)
+    names, had = weights.names, weights.epoch
+    mean = had.mean()
+    losses = losses_of(logs, names, mean)
     logs.update({f"{name}_weight": weight for name, weight in weights.by_name(mean).items()})
     logs["base_loss"] = _base_loss(logs["loss"], losses, mean, weights.base_weights)
     if "val_loss" not in logs:
@@ -122,7 +76,7 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights, had: EpochWeights)
             "must return\n    self.compute_metrics(x, y, y_pred, sample_weight)"
         ]
     validation = had.weights if had.validation is None else had.validation
-    losses = losses_of(logs, names, "val_")
+    losses = losses_of(logs, names, validation, "val_")
     logs["val_base_loss"] = _base_loss(logs["val_loss"], losses, validation, weights.base_weights)
     return []
 

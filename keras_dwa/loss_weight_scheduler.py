@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from keras_dwa.arguments import check_factors
+from keras_dwa.epoch_weights import Vector
 from keras_dwa.loss_weighting import LossWeighting
 from keras_dwa.wiring import check_no_fit
 
@@ -63,6 +64,7 @@ class LossWeightScheduler(LossWeighting):
         self._begin(0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
+        self._is_new = False  # A schedule misses no epoch before.
         super().on_epoch_begin(epoch, logs)
         self._begin(epoch)
         if self.verbose > 0:
@@ -70,11 +72,9 @@ class LossWeightScheduler(LossWeighting):
 
     def assign(self, factors: Mapping[str, float]) -> None:
         super().assign(factors)
-        # What the schedule leaves out stays as assigned, where this epoch begins again, too.
-        names, present = sorted(self.outputs), self.factors
-        pairs = zip(names, self.state["before"].tolist(), strict=True)
-        before = [present[name] if name in factors else former for name, former in pairs]
-        self.state["before"] = np.array(before)
+        # Where the epoch begins again, what the schedule leaves out stays as assigned.
+        assigned = {name: self.factors[name] for name in factors}
+        self._keep(self.state.get("epoch", 0), {**self._before(), **assigned})
 
     def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
         """Closes an epoch, and goes on to the factors of the next.
@@ -90,7 +90,7 @@ class LossWeightScheduler(LossWeighting):
         """
         check_no_fit(self._thread)
         super().step(losses)
-        self._begin(int(self.state["epoch"]) + 1)
+        self._begin(int(self.state.get("epoch", -1)) + 1)
         return self._weights.by_name(self._weights.assigned)
 
     def reset(self) -> None:
@@ -98,14 +98,22 @@ class LossWeightScheduler(LossWeighting):
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
-        weights, names = self._weights, sorted(self.outputs)
-        before = self.factors
-        if self.state.get("epoch") == epoch:
-            before = dict(zip(names, self.state["before"].tolist(), strict=True))
-        present = np.array([before[name] for name in weights.names])
+        before = self._before() if self.state.get("epoch") == epoch else self.factors
+        found = self.schedule(epoch, dict(before))
         source = f"`{type(self).__name__}.schedule` for epoch {epoch + 1}"
-        new = check_factors(self.schedule(epoch, dict(before)), present, weights, source)
+        new = check_factors({} if found is None else found, before, self._weights, source)
+        self._keep(epoch, before, new)
+
+    def _before(self) -> dict[str, float]:
+        """The factors that the schedule got for the epoch that began last."""
+        if "before" not in self.state:
+            return self.factors
+        return dict(zip(sorted(self.outputs), self.state["before"].tolist(), strict=True))
+
+    def _keep(self, epoch: int, before: dict[str, float], factors: Vector | None = None) -> None:
+        state = self._weights.state
         # In an order of their own, for a file may have the outputs in another one.
-        memory = {"epoch": np.array(epoch), "before": np.array([before[name] for name in names])}
-        weights.replace(replace(weights.state, factors=new, memory={**self.state, **memory}))
-        self._epoch.change(weights.assigned)
+        in_order = np.array([before[name] for name in sorted(before)])
+        memory = {**state.memory, "epoch": np.array(epoch), "before": in_order}
+        factors = state.factors if factors is None else factors
+        self._weights.replace(replace(state, factors=factors, memory=memory))

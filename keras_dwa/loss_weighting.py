@@ -7,11 +7,11 @@ from typing import Any
 
 import keras
 
-from keras_dwa.logs import EpochWeights, add_to_logs, check_logs, losses_of
+from keras_dwa.epoch_weights import EpochWeights
+from keras_dwa.logs import add_to_logs, check_logs, losses_of
 from keras_dwa.rule import Rule
 from keras_dwa.wiring import (
     attach,
-    behind,
     check_attached,
     check_compiled,
     check_distribution,
@@ -22,6 +22,7 @@ from keras_dwa.wiring import (
     lacks_weights,
     poisoned,
     put_back,
+    start_messages,
 )
 
 
@@ -115,7 +116,7 @@ class LossWeighting(Rule):
         if tracked and model is former:
             return
         attach(model, weights)
-        is_unpickled = former is None and weights.file is not None
+        is_unpickled = former is None and bool(weights.file)
         if not is_unpickled:
             assigned = self._assigned
             self.reset()
@@ -142,30 +143,31 @@ class LossWeighting(Rule):
         weights = self._weights
         self._messages += put_back(weights)
         if self._is_start:
-            self._messages += behind(weights, self._is_new, epoch)
+            self._messages += start_messages(weights, self._is_new, epoch)
         self._is_new, weights.file = False, None
         weights.state = replace(weights.state, epochs=epoch)
-        self._epoch = EpochWeights(weights.assigned)
+        weights.epoch = EpochWeights(weights.assigned)
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._check_first_batches()
-        self._epoch.begin(batch, self._weights.assigned)
+        self._weights.epoch.begin(batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
-        if logs and not self._epoch.batches:
-            check_logs(logs, self._weights.names)
-        self._epoch.end(batch)
+        weights = self._weights
+        if logs and not weights.epoch.batches:
+            check_logs(logs, weights.names)
+        weights.epoch.end(batch)
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
-        self._epoch.validation = self._weights.assigned
+        self._weights.epoch.validation = self._weights.assigned
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         check_one_fit(self._thread, self)
         logs = {} if logs is None else logs
-        weights, had = self._weights, self._epoch
-        if not had.batches:
+        weights = self._weights
+        if not weights.epoch.batches:
             # Keras on JAX then puts back the variables' values of an epoch before.
             put_back(weights)
             self._messages.append(
@@ -175,12 +177,13 @@ class LossWeighting(Rule):
             return self._warn()
         self._check_first_batches()
         check_logs(logs, weights.names)
-        losses, mean = losses_of(logs, weights.names), had.mean()
-        self._messages += add_to_logs(logs, weights, had)
-        if had.is_constant:
-            total = logs["loss"]
+        mean = weights.epoch.mean()
+        losses = losses_of(logs, weights.names, mean)
+        self._messages += add_to_logs(logs, weights)
+        total = logs["loss"]
+        if weights.epoch.is_constant:
             self._looks_static = check_effect(total, losses, weights, mean, self._looks_static)
-        self._messages += poisoned(losses, mean, weights.names)
+        self._messages += poisoned(total, losses, mean, weights.names)
         of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
         self._close_epoch(epoch, {**logs, **of_outputs})
         if self.verbose > 0 and type(self).update is not Rule.update:
@@ -194,10 +197,11 @@ class LossWeighting(Rule):
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self._thread = None
+        self._assigned = {}
 
     def _check_first_batches(self) -> None:
         # Once a batch is done, since TensorFlow builds the losses in it.
-        if self._is_start and self._epoch.batches:
+        if self._is_start and self._weights.epoch.batches:
             self._is_start = False
             check_first_batches(self.model, self._weights)
 

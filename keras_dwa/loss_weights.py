@@ -1,7 +1,7 @@
 """Live loss weights: the vector that a compiled step reads, its entries, its state in files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-Vector = NDArray[np.float64]
+from keras_dwa.epoch_weights import EpochWeights, Vector
 
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
@@ -96,6 +96,7 @@ class LossWeights(keras.metrics.Metric):
 
     Args:
         base_weights: output name to base weight.
+        rules: the names of the rule's class and of those that it derives from, in that order.
 
     Attributes:
         names: the outputs' names, in the order of the arrays of shape `(K,)`.
@@ -104,7 +105,9 @@ class LossWeights(keras.metrics.Metric):
         entries: output name to `LossWeight`.
         assigned: the values that `vector` was given last: float64, shape `(K,)`.
         state: factors, memory and epochs.
-        file: what was read since the last epoch began: "state", "no state", or None for no file.
+        epoch: the weights that the batches of the epoch under way had.
+        file: what was read since the last epoch began: the name of the rule whose state it was, ""
+            if there was none, None if there was no file.
         record: the sums of the K losses recorded since the last reset, then their number: a
             variable of shape `(K + 1,)`, float32 or wider. None until `start_recording`.
         called: whether `update_state` was called since the last epoch was closed, be it in a trace.
@@ -112,8 +115,9 @@ class LossWeights(keras.metrics.Metric):
         is_distributed: whether the variables were made under a `keras.distribution`.
     """
 
-    def __init__(self, base_weights: Mapping[str, float]) -> None:
+    def __init__(self, base_weights: Mapping[str, float], rules: Sequence[str]) -> None:
         super().__init__(name="loss_weighting")
+        self.rules = tuple(rules)
         self.names = tuple(base_weights)
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         self.vector = LossWeightVector(
@@ -130,13 +134,15 @@ class LossWeights(keras.metrics.Metric):
         self.is_distributed = keras.distribution.distribution() is not None
         self.record: Any = None
         self.in_logs = False
+        self.epoch = EpochWeights(self.base_weights)
         self.reset()
+        self.epoch = EpochWeights(self.assigned)
 
     def __reduce__(self) -> Any:
         # Keras would pickle a saved metric, which holds only what `get_config` gives.
         stored: dict[str, Any] = {}
         self.save_own_variables(stored)
-        return _unpickle, (self.by_name(self.base_weights), stored)
+        return _unpickle, (self.by_name(self.base_weights), self.rules, stored)
 
     def by_name(self, values: Vector) -> dict[str, float]:
         """An array of shape `(K,)` as floats by output name."""
@@ -165,6 +171,7 @@ class LossWeights(keras.metrics.Metric):
         # of the model is assigned between epochs for the first time.
         self.vector.assign(self.base_weights * state.factors)
         self.assigned = self.values()
+        self.epoch.change(self.assigned)
         self.state = state
         if forget_record:
             self.called = False
@@ -223,6 +230,7 @@ class LossWeights(keras.metrics.Metric):
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into a weights file."""
         memory = self.state.memory
+        store["rule"] = _as_array([self.rules[0]])
         store["outputs"] = _as_array(list(self.names))
         store["factors"] = self.state.factors
         store["epochs"] = np.array(self.state.epochs)
@@ -232,10 +240,14 @@ class LossWeights(keras.metrics.Metric):
             store[f"memory_{index}"] = np.asarray(value)
 
     def load_own_variables(self, store: Any) -> None:
-        """Reads the state from a weights file; keeps its own if the file has none."""
-        self.file = "state" if store.keys() else "no state"
+        """Reads the state from a weights file; keeps its own if the file has none.
+
+        Another rule's memory is left out: it would be taken for this one's.
+        """
         if not store.keys():
+            self.file = ""
             return
+        (self.file,) = _as_names(store["rule"])
         outputs = _as_names(store["outputs"])
         if sorted(outputs) != sorted(self.names):
             raise ValueError(
@@ -247,8 +259,10 @@ class LossWeights(keras.metrics.Metric):
             name: np.asarray(store[f"memory_{index}"])
             for index, name in enumerate(_as_names(store["memory"]))
         }
-        epochs = int(np.asarray(store["epochs"]))
-        state = State(np.asarray(store["factors"])[order], memory, epochs)
+        factors = np.asarray(store["factors"])[order]
+        state = State(
+            factors, memory if self.file in self.rules else {}, int(np.asarray(store["epochs"]))
+        )
         self.replace(state, forget_record=True)
 
 
@@ -281,7 +295,9 @@ def _as_names(array: Any) -> list[str]:
     return names
 
 
-def _unpickle(base_weights: dict[str, float], stored: dict[str, Any]) -> LossWeights:
-    loss_weights = LossWeights(base_weights)
+def _unpickle(
+    base_weights: dict[str, float], rules: Sequence[str], stored: dict[str, Any]
+) -> LossWeights:
+    loss_weights = LossWeights(base_weights, rules)
     loss_weights.load_own_variables(stored)
     return loss_weights

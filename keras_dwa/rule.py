@@ -11,7 +11,6 @@ import keras
 import numpy as np
 
 from keras_dwa.arguments import check_factors, check_losses, check_memory, check_outputs
-from keras_dwa.logs import EpochWeights
 from keras_dwa.loss_weights import LossWeight, LossWeights, State
 from keras_dwa.wiring import check_no_fit, put_back
 
@@ -27,7 +26,7 @@ class BoundCallback(keras.callbacks.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         self._sync()
-        return {**self.__dict__, "_model": None}
+        return {**self.__dict__, "_model": None, "_thread": None}
 
     def _sync(self) -> None:
         # On JAX, a model's variables have no value while an epoch runs; `Callback.model` puts them
@@ -41,8 +40,9 @@ class Rule(BoundCallback):
     def __init__(self, outputs: Sequence[str] | Mapping[str, float], verbose: int = 0) -> None:
         super().__init__()
         self.verbose = verbose
-        self._weights = LossWeights(check_outputs(outputs))
-        # The factors assigned since an epoch was last closed, with which a new model begins.
+        rules = [cls.__name__ for cls in type(self).__mro__]
+        self._weights = LossWeights(check_outputs(outputs), rules)
+        # The factors assigned since the last epoch or `fit` ended, with which a new model begins.
         self._assigned: dict[str, float] = {}
         # The memory while `update` runs, so that an error in it leaves the former one.
         self._draft: dict[str, Any] | None = None
@@ -50,7 +50,6 @@ class Rule(BoundCallback):
         self._messages: list[str] = []
         # The thread of the `fit` under way, and what its steps showed so far.
         self._thread: int | None = None
-        self._epoch = EpochWeights(self._weights.assigned)
         self._is_new = self._is_start = False
         self._looks_static = True
 
@@ -75,9 +74,13 @@ class Rule(BoundCallback):
         return dict(self._weights.entries)
 
     @property
-    def state(self) -> dict[str, Any]:
-        """What the rule remembers, name to array: empty at first, stored with the weights."""
-        return self._weights.state.memory if self._draft is None else self._draft
+    def state(self) -> Any:
+        """What the rule remembers, name to array: empty at first, stored with the weights.
+
+        Only `update` may put something in.
+        """
+        memory = self._weights.state.memory
+        return MappingProxyType(memory) if self._draft is None else self._draft
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -104,15 +107,13 @@ class Rule(BoundCallback):
         if self._thread not in (None, threading.get_ident()):
             raise RuntimeError(
                 "`assign` was called beside the steps of `fit`, in another thread. Call it in "
-                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`."
+                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`; if that `fit` broke off, "
+                "call `weighting.on_train_end()`."
             )
         self._sync()
-        state = self._weights.state
-        new = check_factors(factors, state.factors, self._weights, "`assign`")
-        self._weights.replace(replace(state, factors=new))
-        self._epoch.change(self._weights.assigned)
-        if self._thread is None:
-            self._assigned.update(factors)
+        new = check_factors(factors, self.factors, self._weights, "`assign`")
+        self._weights.replace(replace(self._weights.state, factors=new))
+        self._assigned.update({name: self.factors[name] for name in factors})
 
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
         """The factors of the next epoch: the method to override. By itself it moves nothing.
@@ -172,7 +173,6 @@ class Rule(BoundCallback):
         """Goes back to the first epoch: the base weights, an empty `state`, nothing recorded."""
         self._sync()
         self._weights.reset()
-        self._epoch.change(self._weights.assigned)
         self._assigned = {}
         self._is_new = False
         self._looks_static = True
@@ -180,12 +180,12 @@ class Rule(BoundCallback):
     def _close_epoch(self, epoch: int, logs: Mapping[str, float]) -> None:
         weights = self._weights
         self._messages += put_back(weights)
-        # Copies, for a rule may change an array in place.
-        self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
+        source = f"`{type(self).__name__}.update` after epoch {epoch + 1}"
         try:
-            source = f"`{type(self).__name__}.update` after epoch {epoch + 1}"
+            # Copies, for a rule may change an array in place.
+            self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
             found = self.update(epoch, logs)
-            new = check_factors(found, weights.state.factors, weights, source)
+            new = check_factors({} if found is None else found, self.factors, weights, source)
             memory = check_memory(self._draft, source)
             weights.replace(State(new, memory, epoch + 1), forget_record=True)
             self._assigned = {}

@@ -10,7 +10,8 @@ import keras
 import numpy as np
 
 from keras_dwa._keras_internals import compiled_loss_weights, track
-from keras_dwa.loss_weights import LossWeights, Vector
+from keras_dwa.epoch_weights import Vector
+from keras_dwa.loss_weights import LossWeights
 
 
 def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:
@@ -229,41 +230,43 @@ def put_back(weights: LossWeights) -> list[str]:
     ]
 
 
-def behind(weights: LossWeights, is_new: bool, epoch: int) -> list[str]:
-    """What there is to warn of where a `fit` begins with `epoch` (from 0): unknown epochs before.
+def start_messages(weights: LossWeights, is_new: bool, epoch: int) -> list[str]:
+    """What there is to warn of where a `fit` begins: a file of another rule, unknown epochs before.
 
     Args:
         weights: those of the weighting.
         is_new: whether the weighting started afresh with this model.
-        epoch: the epoch that begins.
+        epoch: the epoch that begins, from 0.
     """
-    known = weights.state.epochs
-    if epoch <= known:
-        return []
-    if weights.file == "state":
-        return [
+    messages, known = [], weights.state.epochs
+    if weights.file and weights.file not in weights.rules:
+        messages.append(
+            f"goes on with the factors that a {weights.file} left in the file, without its `state`."
+        )
+    if weights.file and epoch > known:
+        messages.append(
             f"goes on with epoch {epoch + 1}, but the file that was read knows of only "
             f"{known} before it. List the callback that writes it last:\n"
             "    callbacks=[weighting, keras.callbacks.BackupAndRestore(...)]"
-        ]
-    if not is_new:
-        return []
-    if weights.file == "no state":
-        hint = "The file that was read has no state that this release knows."
-    else:
-        hint = "To go on, call `weighting.set_model(model)` before `model.load_weights(...)`."
-    return [
-        f"begins with epoch {epoch + 1}, but starts afresh. {hint} To start here, call "
-        "`weighting.set_model(model)` and `weighting.reset()` before `fit`."
-    ]
+        )
+    elif is_new and epoch > known:
+        if weights.file is None:
+            hint = "To go on, call `weighting.set_model(model)` before `model.load_weights(...)`."
+        else:
+            hint = "The file that was read has no state that this release knows."
+        messages.append(
+            f"begins with epoch {epoch + 1}, but starts afresh. {hint} To start here, call "
+            "`weighting.set_model(model)` and `weighting.reset()` before `fit`."
+        )
+    return messages
 
 
-def poisoned(losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:
-    """What there is to warn of where a loss of weight 0 is not finite."""
+def poisoned(total: float, losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:
+    """What there is to warn of where a loss of weight 0 makes the total NaN."""
     found = [
         name for name, bad in zip(names, (had == 0) & ~np.isfinite(losses), strict=True) if bad
     ]
-    if not found:
+    if not found or math.isfinite(total):
         return []
     return [
         f"found the loss of {found} not finite while its weight was 0. Keras multiplies them, and "

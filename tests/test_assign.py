@@ -18,6 +18,7 @@ from common import (
     train,
 )
 from loops import value_and_gradient
+from run_to_kill import Stop
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
 
@@ -121,6 +122,18 @@ def test_factors_assigned_before_a_fit_hold_for_its_model(weighting):
     assert train(model, weighting, epochs=1)["easy_weight"] == [6.0]
     weighting.reset()
     assert train(model, weighting, epochs=1)["easy_weight"] == [3.0]
+    with pytest.raises(KeyboardInterrupt):
+        train(dict_model(), weighting, others=[Stop(0, 1)])
+    weighting.assign({"hard": 0.0})
+    assert train(dict_model(), weighting, epochs=1)["hard_weight"] == [0.0]
+    # What another callback assigned at the end is not for the next model.
+    train(
+        dict_model(),
+        weighting,
+        epochs=1,
+        others=[Assign(weighting, on_epoch_end={0: {"hard": 9.0}})],
+    )
+    assert train(dict_model(), weighting, epochs=1)["hard_weight"] == [0.5]
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -184,6 +197,7 @@ def test_assignment_beside_the_next_steps_says_where_to_call_it(weighting):
         # Times its base weight of 3, it is infinite in float32.
         ({"easy": 2e38}, "gave 2e+38 for 'easy'. A factor is a finite number >= 0, also times its"),
         ([2.0], "`assign` gave [2.0]. It must give a dict of name to factor."),
+        (None, "`assign` gave None. It must give a dict of name to factor."),
     ],
 )
 def test_factors_must_be_finite_numbers_by_output_name(weighting, factors, message):
@@ -258,6 +272,22 @@ def test_loss_that_is_not_finite_poisons_the_step_at_weight_zero_and_is_warned_o
     message = str(next(w.message for w in warned if "LossWeighting" in str(w.message)))
     assert "the loss of ['hard'] not finite while its weight was 0" in message
     assert fit(keras.ops.convert_to_numpy(keras.ops.nan_to_num(target, posinf=0.0)))
+
+
+@one_backend
+def test_weights_loaded_within_an_epoch_count_from_their_batch(weighting, tmp_path):
+    class Load(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            if batch == 3:
+                self.model.load_weights(tmp_path / "file.weights.h5")
+
+    model = dict_model()
+    weighting.assign({"easy": 2.0})
+    train(model, weighting, epochs=1)
+    model.save_weights(tmp_path / "file.weights.h5")
+    weighting.assign({"easy": 1.0})
+    history = model.fit(X, Y, batch_size=8, verbose=0, callbacks=[weighting, Load()]).history
+    np.testing.assert_allclose(history["easy_weight"], [(3 * 3.0 + 2 * 6.0) / 5], rtol=1e-6)
 
 
 def test_model_has_one_more_array_than_with_static_weights():

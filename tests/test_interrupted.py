@@ -12,6 +12,7 @@ from run_to_kill import Stop
 
 import keras_dwa
 from keras_dwa import CompoundLoss, DynamicWeightAverage
+from keras_dwa.loss_weights import State
 
 FIT = {"batch_size": 8, "verbose": 0}
 
@@ -139,3 +140,24 @@ def test_ctrl_c_at_any_line_of_the_start_leaves_nothing_of_the_former_model(dwa)
         dwa.set_model(model)
         assert dwa.step() == base
         assert dwa.step({"easy": 1.0, "hard": 2.0}) == base
+
+
+@one_backend
+def test_state_whose_replacement_ctrl_c_interrupts_is_replaced_as_a_whole(dwa):
+    class Interrupted:
+        """Factors whose first use is interrupted."""
+
+        __array_ufunc__ = None
+        uses = 0
+
+        def __rmul__(self, base_weights):
+            self.uses += 1
+            if self.uses == 1:
+                raise KeyboardInterrupt
+            return base_weights * np.array([0.5, 1.5])
+
+    state = State(Interrupted(), {}, epochs=7)
+    with pytest.raises(KeyboardInterrupt):
+        dwa._weights.replace(state)
+    assert dwa.step() == {"easy": 0.5, "hard": 1.5}
+    assert dwa._weights.state is state

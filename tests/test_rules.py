@@ -87,17 +87,28 @@ def test_rule_gets_the_whole_logs_of_its_epoch():
     assert seen == [(e, {key: history[key][e] for key in history}) for e in range(2)]
 
 
-@one_backend
-def test_rule_gets_the_loss_of_a_single_output_by_its_name():
+@pytest.mark.parametrize("factor", [0.5, 0.0])
+def test_loss_of_a_single_output_is_weighted_logged_and_given_to_the_rule(mode, factor):
+    """Keras logs it as `loss` alone, weighted already."""
     seen = []
 
     class Look(LossWeighting):
         def update(self, epoch, logs):
             seen.append(logs["output_loss"])
+            return {"output": factor}
 
+    rule = Look({"output": 4.0})
     model = keras.Sequential([keras.layers.Dense(1)])
-    history = train(model, Look(["output"]), y=Y["easy"], loss="mse", epochs=2)
-    assert seen == history["loss"]
+    fit = {"mode": mode, "optimizer": keras.optimizers.SGD(0.0), "validation_split": 0.2}
+    history = train(model, rule, y=Y["easy"], loss="mse", epochs=2, **fit)
+    assert history["output_weight"] == [4.0, 4 * factor]
+    assert history["loss"][1] == pytest.approx(factor * history["loss"][0])
+    # What it would be at weight 4, nothing tells at weight 0.
+    for key in ("loss", "val_loss"):
+        base_loss = history[key.replace("loss", "base_loss")]
+        expected = [history[key][0], history[key][0] if factor else np.nan]
+        np.testing.assert_allclose(base_loss, expected, rtol=1e-5)
+    assert seen[0] == pytest.approx(history["loss"][0] / 4)
     assert "output_loss" not in history
 
 
@@ -160,17 +171,26 @@ def test_nonsense_is_an_error_that_names_the_rule_and_leaves_all_as_it_was(retur
 
 
 @one_backend
-@pytest.mark.parametrize("value", [None, "text", [None], np.array(["a"])])
-def test_state_must_be_arrays_of_numbers(value):
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("what", None), ("what", "text"), ("what", [None]), ("what", np.array(["a"])), (3, 1.0)],
+)
+def test_state_must_be_arrays_of_numbers_by_name(key, value):
     class Remember(LossWeighting):
         def update(self, epoch, logs):
-            self.state["what"] = value
+            self.state[key] = value
 
     rule = Remember(NAMES)
-    found = re.escape(f"`Remember.update` after epoch 1 left {value!r} in `state['what']`.")
+    found = re.escape(f"`Remember.update` after epoch 1 left {value!r} in `state[{key!r}]`.")
     with pytest.raises(ValueError, match=found):
         rule.step({"easy": 1.0, "hard": 1.0})
     assert rule.state == {}
+
+
+@one_backend
+def test_state_is_read_only_outside_of_update():
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        Count(NAMES).state["epochs"] = np.array(3)
 
 
 # What it remembers.
@@ -225,15 +245,16 @@ def test_pickle_of_release_0_1_0_says_what_to_do():
 
 
 @one_backend
-def test_state_goes_from_rule_to_rule(tmp_path):
-    # DWA goes on where a rule without its memory left the factors.
+def test_rule_goes_on_with_another_ones_factors_but_not_its_state(tmp_path):
     model, dwa = dict_model(), DynamicWeightAverage(NAMES)
     train(model, Count(NAMES), epochs=2)
     model.save_weights(tmp_path / "file.weights.h5")
     model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
     dwa.set_model(model)
     model.load_weights(tmp_path / "file.weights.h5")
-    history = model.fit(X, Y, epochs=3, verbose=0, callbacks=[dwa]).history
+    assert dwa.state == {}
+    with pytest.warns(UserWarning, match="factors that a Count left in the file, without its `st"):
+        history = model.fit(X, Y, epochs=3, verbose=0, callbacks=[dwa]).history
     assert history["easy_weight"][:2] == [0.5, 0.5]
     assert sum(dwa.factors.values()) == pytest.approx(2)
 

@@ -199,6 +199,38 @@ def test_pickled_scheduler_goes_on():
     scheduler.step()
     for module in (pickle, cloudpickle):
         assert module.loads(module.dumps(scheduler)).step()["hard"] == 8.0
+    # Within `fit`, too.
+    pickled = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: files.append(pickle.dumps(scheduler))
+    )
+    files = []
+    train(dict_model(), scheduler, epochs=1, others=[pickled])
+    assert pickle.loads(files[0]).step()["hard"] == 4.0
+
+
+@one_backend
+def test_schedule_may_begin_at_any_epoch():
+    model, scheduler = dict_model(), LossWeightScheduler(NAMES, ramp)
+    fit = {"initial_epoch": 4, "epochs": 6}
+    assert train(model, scheduler, **fit)["hard_weight"] == [1.0, 1.25]
+
+
+@one_backend
+def test_schedule_that_failed_once_goes_on():
+    def schedule(epoch, factors):
+        if fails:
+            raise KeyboardInterrupt
+        return {"hard": epoch / 4}
+
+    fails = False
+    scheduler = LossWeightScheduler(NAMES, schedule)
+    scheduler.step()
+    fails = True
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.reset()
+    fails = False
+    scheduler.assign({"easy": 3.0})
+    assert scheduler.step() == {"easy": 3.0, "hard": 0.25}
 
 
 @one_backend
