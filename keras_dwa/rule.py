@@ -107,8 +107,8 @@ class Rule(BoundCallback):
         if self._thread not in (None, threading.get_ident()):
             raise RuntimeError(
                 "`assign` was called beside the steps of `fit`, in another thread. Call it in "
-                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`; if that `fit` broke off, "
-                "call `weighting.on_train_end()`."
+                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`; if that `fit` broke "
+                "off, call `weighting.on_train_end()`."
             )
         self._sync()
         new = check_factors(factors, self.factors, self._weights, "`assign`")
