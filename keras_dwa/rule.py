@@ -91,9 +91,9 @@ class Rule(BoundCallback):
     def assign(self, factors: Mapping[str, float]) -> None:
         """Sets factors by output name; the next step uses them.
 
-        Call it before `fit`; in a loop of your own; or in `on_epoch_begin`, `on_train_batch_begin`
-        or `on_epoch_end` of another callback, listed after this one and before those that write
-        files.
+        Call it before `fit`; in `on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end` of
+        another callback, listed after this one and before those that write files; or in a loop of
+        your own (if that calls `train_on_batch`, call `set_model(model)` before it).
 
         Args:
             factors: output name to factor, a finite number >= 0; names left out keep theirs. 0
