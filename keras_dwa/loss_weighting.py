@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -95,6 +96,16 @@ class LossWeighting(Rule):
 
     # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.
     async_safe = True
+
+    def __init__(self, outputs: Sequence[str] | Mapping[str, float], verbose: int = 0) -> None:
+        super().__init__(outputs, verbose)
+        self._is_new = self._is_start = False
+        self._looks_static = True
+
+    def reset(self) -> None:
+        super().reset()
+        self._is_new = False
+        self._looks_static = True
 
     def set_params(self, params: dict[str, Any]) -> None:
         if params is self.params is not None:

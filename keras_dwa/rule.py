@@ -48,10 +48,8 @@ class Rule(BoundCallback):
         self._draft: dict[str, Any] | None = None
         # What to warn of once all is done, for a warning may be an error.
         self._messages: list[str] = []
-        # The thread of the `fit` under way, and what its steps showed so far.
+        # The thread of the `fit` under way.
         self._thread: int | None = None
-        self._is_new = self._is_start = False
-        self._looks_static = True
 
     def __repr__(self) -> str:
         outputs: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
@@ -174,8 +172,6 @@ class Rule(BoundCallback):
         self._sync()
         self._weights.reset()
         self._assigned = {}
-        self._is_new = False
-        self._looks_static = True
 
     def _close_epoch(self, epoch: int, logs: Mapping[str, float]) -> None:
         weights = self._weights
