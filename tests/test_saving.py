@@ -189,6 +189,18 @@ def test_backup_and_restore_resumes_the_history_of_a_compound_loss(tmp_path):
     check_same(joined(interrupted.history, resumed), whole)
 
 
+@one_backend
+def test_file_that_is_read_forgets_what_was_recorded_since(dwa, tmp_path):
+    model = ComputeLoss(dwa)
+    model.compile("sgd")
+    model.fit(X, Y, batch_size=8, epochs=3, verbose=0, callbacks=[dwa])
+    model.save_weights(tmp_path / "state.weights.h5")
+    moved = dwa.step()
+    model.compound.combine({"easy": 1.0, "hard": 100.0})
+    model.load_weights(tmp_path / "state.weights.h5")
+    assert dwa.step() == moved != dwa.outputs
+
+
 def test_backup_that_comes_before_the_callback_is_warned_of(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         backed_up_run(tmp_path, -1, Stop(3, 0))

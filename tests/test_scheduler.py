@@ -138,6 +138,8 @@ def test_step_goes_on_without_any_losses():
     assert scheduler.factors == {"easy": 1.0, "hard": 0.0}
     assert scheduler.step() == {"easy": 1.0, "hard": 0.25}
     assert scheduler.step({"easy": 1.0, "hard": 2.0}) == {"easy": 1.0, "hard": 0.5}
+    with pytest.raises(ValueError, match="takes one loss per output"):
+        scheduler.step({"easy": 1.0})
     scheduler.reset()
     assert scheduler.factors == {"easy": 1.0, "hard": 0.0}
     assert scheduler.step()["hard"] == 0.25
@@ -158,6 +160,8 @@ def test_factors_that_a_schedule_leaves_out_may_be_assigned():
     scheduler.assign({"easy": 5.0, "hard": 7.0})
     history = train(dict_model(), scheduler, epochs=2)
     assert (history["easy_weight"], history["hard_weight"]) == ([5.0, 5.0], [0.0, 0.25])
+    scheduler.assign({"easy": 6.0})
+    assert scheduler.step() == {"easy": 6.0, "hard": 0.5}
 
 
 @one_backend
@@ -229,6 +233,11 @@ def test_schedule_that_failed_once_goes_on():
     with pytest.raises(KeyboardInterrupt):
         scheduler.reset()
     fails = False
+    assert scheduler.step() == {"easy": 1.0, "hard": 0.0}
+    fails = True
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.reset()
+    fails = False
     scheduler.assign({"easy": 3.0})
     assert scheduler.step() == {"easy": 3.0, "hard": 0.25}
 
@@ -240,6 +249,8 @@ def test_verbose_prints_the_weights_at_the_start_of_each_epoch(capsys):
         "\nEpoch 1: LossWeightScheduler setting loss weights to easy: 1.0000, hard: 0.0000.\n"
         "\nEpoch 2: LossWeightScheduler setting loss weights to easy: 1.0000, hard: 0.2500.\n"
     )
+    train(dict_model(), LossWeightScheduler(NAMES, ramp), epochs=1)
+    assert capsys.readouterr().out == ""
 
 
 @one_backend
