@@ -18,7 +18,10 @@ BACKENDS = {
 }
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
-    for name in ("compound_loss", "fit", "interrupted", "logs", "saving", "state", "wiring")
+    for name in (
+        *("assign", "compound_loss", "fit", "interrupted", "logs"),
+        *("rules", "saving", "scheduler", "state", "wiring"),
+    )
 ]
 MANUAL = ["README.md", "docs"]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
