@@ -40,9 +40,9 @@ def compiled_model(dwa, model=None, optimizer=None):
     return model
 
 
-def model_with(dwa):
+def model_with(dwa, optimizer=None):
     """A compiled model that the callback knows, as before `load_weights`."""
-    model = compiled_model(dwa)
+    model = compiled_model(dwa, optimizer=optimizer)
     model.optimizer.build(model.trainable_variables)
     dwa.set_model(model)
     return model
@@ -103,11 +103,12 @@ def test_checkpoint_evaluates_to_the_same_numbers_and_goes_on(dwa, tmp_path, mak
 
 
 def test_sharded_weights_carry_the_state_to_other_base_weights_in_another_order(dwa, tmp_path):
-    model, other = model_with(dwa), new_dwa({"hard": 10.0, "easy": 1.0})
+    # Keras 3.10 loses the variables of other optimizers between shards.
+    model, other = model_with(dwa, "sgd"), new_dwa({"hard": 10.0, "easy": 1.0})
     moved_weights(dwa)
     model.save_weights(tmp_path / "state.weights.json", max_shard_size=2e-7)
     assert len(list(tmp_path.iterdir())) > 2
-    model_with(other).load_weights(tmp_path / "state.weights.json")
+    model_with(other, "sgd").load_weights(tmp_path / "state.weights.json")
     losses = {"easy": 0.9, "hard": 2.0}
     for weights, moved in ((other.step(), dwa.step()), (other.step(losses), dwa.step(losses))):
         np.testing.assert_allclose(weights["easy"], moved["easy"] / 3, rtol=1e-6)
