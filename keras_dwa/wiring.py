@@ -198,10 +198,11 @@ def check_effect(
     Returns:
         The `looks_static` of the next epoch.
     """
-    if not (math.isfinite(total) and np.isfinite(losses).all()):
+    static = float(weights.base_weights @ losses)
+    if not math.isfinite(total + static):
         return looks_static
-    weighted, static = float(had @ losses), float(weights.base_weights @ losses)
-    if total == 0 < weighted and min(losses) > 0:
+    weighted = float(had @ losses)
+    if total == 0 < weighted:
         raise ValueError(
             f"`loss` was 0 in the logs, although its parts were {weights.by_name(losses)}. Update "
             "Keras's metric of it in a `train_step`:\n"

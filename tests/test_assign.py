@@ -275,6 +275,14 @@ def test_loss_that_is_not_finite_poisons_the_step_at_weight_zero_and_is_warned_o
 
 
 @one_backend
+def test_all_losses_may_be_off(weighting):
+    weighting.assign({"easy": 0.0, "hard": 0.0})
+    history = train(dict_model(), weighting, epochs=2)
+    assert history["loss"] == [0.0, 0.0]
+    assert min(history["base_loss"]) > 0
+
+
+@one_backend
 def test_weights_loaded_within_an_epoch_count_from_their_batch(weighting, tmp_path):
     class Load(keras.callbacks.Callback):
         def on_train_batch_begin(self, batch, logs=None):

@@ -122,6 +122,22 @@ def test_rule_moves_the_weights_of_a_loop():
 
 
 @one_backend
+def test_hooks_may_be_called_by_a_loop():
+    model, rule = dict_model(), Count({"easy": 1.0, "hard": 3.0})
+    model.compile("sgd", LOSSES, loss_weights=rule.loss_weights)
+    rule.set_model(model)
+    rule.on_train_begin()
+    for epoch, easy_weight in enumerate([1.0, 1.0, 0.5]):
+        rule.on_epoch_begin(epoch)
+        logs = model.train_on_batch(X, Y, return_dict=True)
+        rule.on_train_batch_end(0)
+        logs.update(val_loss=easy_weight * 2.0 + 3 * 5.0, val_easy_loss=2.0, val_hard_loss=5.0)
+        rule.on_epoch_end(epoch, logs)
+        assert (logs["easy_weight"], logs["val_base_loss"]) == (easy_weight, 17.0)
+        model.reset_metrics()
+
+
+@one_backend
 def test_rule_without_an_override_moves_nothing():
     weighting = LossWeighting(NAMES)
     history = train(dict_model(), weighting)
