@@ -49,7 +49,7 @@ def check_logs(logs: Logs, names: Sequence[str]) -> None:
     if missing := _missing_losses(logs, names):
         raise ValueError(
             f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs so; return "
-            "`self.compute_metrics(...)` from a `train_step`; in `compute_loss`, call "
+            "`self.compute_metrics(...)` from `train_step`; in `compute_loss`, call "
             "`super().compute_loss(...)`, or a CompoundLoss and `compile` without a loss."
         )
     ours = [*(f"{name}_weight" for name in names), "base_loss", "val_base_loss"]
