@@ -135,6 +135,10 @@ def test_hooks_may_be_called_by_a_loop():
         rule.on_epoch_end(epoch, logs)
         assert (logs["easy_weight"], logs["val_base_loss"]) == (easy_weight, 17.0)
         model.reset_metrics()
+    rule.on_epoch_begin(3)
+    rule.on_train_batch_end(0)
+    with pytest.raises(ValueError, match="`logs` lacks"):
+        rule.on_epoch_end(3)
 
 
 @one_backend

@@ -204,6 +204,7 @@ BY_PATH = (
 )
 COMPOUND = "loss=compound.losses, loss_weights=compound.loss_weights)"
 
+NEW = "DynamicWeightAverage(['easy', 'hard'], temperature=0.2)"
 JAX, TENSORFLOW = BACKEND == "jax", BACKEND == "tensorflow"
 BY_CALL = {"bases": [ComputeLoss], "loss": None, "weights": none}
 UNNAMED = {
@@ -240,7 +241,8 @@ MISWIRINGS = {
         row("same_callback_twice", "more than once", "callbacks=[weighting])",
             callbacks=lambda dwa: [dwa, dwa]),
         row("compiled_anew_without", "`loss_weights=None`", CALL, run=compiled_anew),
-        row("no_model", "no model", "([weighting], model=model, ...)", run=callback_list),
+        row("no_model", f"{NEW} was given no model", "([weighting], model=model, ...)",
+            run=callback_list),
         row("one_loss_for_all", "one loss, 'mse', for all", CALL, names=["easy"], loss="mse"),
         row("list_of_losses", "`loss` as a list", REORDERED, arrange=as_list, loss=["mae", "mse"]),
         row("lists_in_a_dict", "['mse']", "loss={'depth': 'mae',",
@@ -278,7 +280,8 @@ MISWIRINGS = {
         row("compound_loss_in_the_models_call", "in the model's `compute_loss`", **BY_CALL,
             own={"call": combine_in_call}, when=JAX),
         row("compound_loss_in_compile", "for `y_true`", COMPOUND, run=compound_in_compile),
-        row("two_compound_losses", "two weightings", "['hard']", run=two_weightings),
+        row("two_compound_losses", "two weightings", "DynamicWeightAverage(['easy'], t", "['hard']",
+            run=two_weightings),
         row("models_in_turn", "comes back", "loss_weights=other_weighting.loss_weights",
             run=two_models),
         row("distribution_set_later", "DataParallel", "set_distri",
@@ -318,8 +321,8 @@ MISWIRINGS = {
         # As after a `train_step` that leaves out Keras's metric of the total.
         row("total_loss_that_no_step_updates", "its parts were {'easy'", "update_state(", **BY_CALL,
             own={"get_metrics_result": lambda self: {**results(self), "loss": 0.0}}),
-        row("fit_within_an_epoch", "another `", **WITHIN_EPOCH, when=not JAX),
-        row("fit_between_epochs", "another `fit`", "weighting.step({", run=two_models,
+        row("fit_within_an_epoch", f"{NEW} was used by another `", **WITHIN_EPOCH, when=not JAX),
+        row("fit_between_epochs", f"{NEW} was used by another `fit`", "step({", run=two_models,
             inner=lambda fit: Lambda(on_epoch_end=lambda epoch, logs: fit())),
         row("fit_in_a_thread", "another `fit`", "in another thread", run=two_models,
             inner=lambda fit: Lambda(on_epoch_end=lambda epoch, logs: in_thread(fit))),
