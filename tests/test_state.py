@@ -99,9 +99,11 @@ def test_weights_are_scalars_that_nothing_trains_or_rounds():
     dwa = DynamicWeightAverage({"heads/easy": 1.0001})
     (weight,) = dwa.loss_weights.values()
     assert (weight.name, weight.shape, weight.trainable) == ("heads.easy_weight", (), False)
+    assert [variable.trainable for variable in dwa.variables] == [False]
 
     class Scale(keras.layers.Layer):
         def call(self, inputs):
+            assert weight.dtype == "float32"
             return keras.ops.convert_to_tensor(weight)
 
     # In a layer of half precision, Keras would round other variables to 1.0.
