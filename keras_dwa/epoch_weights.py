@@ -46,10 +46,9 @@ class EpochWeights:
 
     def change(self, weights: Vector) -> None:
         """The next batch has these weights."""
-        if not np.array_equal(weights, self.weights):
-            batch = max(self._begun, self.batches)
-            self._sum = self._sum + (batch - self._since) * self.weights
-            self.weights, self._since = weights, batch
+        batch = max(self._begun, self.batches)
+        self._sum = self._sum + (batch - self._since) * self.weights
+        self.weights, self._since = weights, batch
 
     def mean(self) -> Vector:
         """The mean of the weights over the batches: float64, shape `(K,)`."""

@@ -20,7 +20,7 @@ from common import (
 from loops import value_and_gradient
 from run_to_kill import Stop
 
-from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
+from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, dwa_weights
 
 
 @pytest.fixture
@@ -149,6 +149,18 @@ def test_factors_assigned_in_a_loop_reach_the_gradient(weighting, compiled):
         value, gradient = value_and_gradient(loss, point, compiled)
         np.testing.assert_allclose(value, 3 * 9 + 0.5 * hard * 20, rtol=1e-6)
         np.testing.assert_allclose(gradient, [3 * 6, 0.5 * hard * 5], rtol=1e-6)
+
+
+@one_backend
+def test_assignment_within_an_epoch_leaves_what_was_recorded():
+    dwa = DynamicWeightAverage(["easy", "hard"])
+    compound = CompoundLoss(list(LOSSES), dwa)
+    for easy in (4.0, 2.0):
+        compound.combine({"easy": easy, "hard": 1.0})
+        dwa.assign({"easy": 9.0})
+        compound.combine({"easy": easy, "hard": 3.0})
+        factors = dwa.step()
+    np.testing.assert_allclose(list(factors.values()), dwa_weights([2, 2], [4, 2]), rtol=1e-6)
 
 
 @one_backend
