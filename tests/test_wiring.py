@@ -324,7 +324,7 @@ MISWIRINGS = {
         row("fit_within_an_epoch", f"{NEW} was used by another `", **WITHIN_EPOCH, when=not JAX),
         row("fit_between_epochs", f"{NEW} was used by another `fit`", "step({", run=two_models,
             inner=lambda fit: Lambda(on_epoch_end=lambda epoch, logs: fit())),
-        row("fit_in_a_thread", "another `fit`", "in another thread", run=two_models,
+        row("fit_in_a_thread", f"{NEW} was used by another `fit`", "thread", run=two_models,
             inner=lambda fit: Lambda(on_epoch_end=lambda epoch, logs: in_thread(fit))),
     ],
     THREE_EPOCHS: [
