@@ -155,12 +155,12 @@ def test_factors_assigned_in_a_loop_reach_the_gradient(weighting, compiled):
 def test_assignment_within_an_epoch_leaves_what_was_recorded():
     dwa = DynamicWeightAverage(["easy", "hard"])
     compound = CompoundLoss(list(LOSSES), dwa)
-    for easy in (4.0, 2.0):
-        compound.combine({"easy": easy, "hard": 1.0})
+    for hard in (3.0, 1.0):
+        compound.combine({"easy": 4.0, "hard": 1.0})
         dwa.assign({"easy": 9.0})
-        compound.combine({"easy": easy, "hard": 3.0})
+        compound.combine({"easy": 4.0, "hard": hard})
         factors = dwa.step()
-    np.testing.assert_allclose(list(factors.values()), dwa_weights([2, 2], [4, 2]), rtol=1e-6)
+    np.testing.assert_allclose(list(factors.values()), dwa_weights([4, 1], [4, 2]), rtol=1e-6)
 
 
 @one_backend
