@@ -145,7 +145,7 @@ def our_messages(warned):
 def expected_weights(history, dwa, temperature):
     """The weights of each epoch by the paper's formula, from the logged losses. (epochs, K)"""
     losses = np.array([history[f"{name}_loss"] for name in dwa.outputs], dtype="float64").T
-    base = np.array(list(dwa.outputs.values()))
+    base = np.array(list(dwa.base_weights.values()))
     weights = [base, base]
     for before_previous, previous in itertools.pairwise(losses):
         exponentials = np.exp(previous / before_previous / temperature)

@@ -65,7 +65,7 @@ def test_outputs_must_be_different_names_with_finite_positive_base_weights(outpu
 @one_backend
 def test_base_weights_cannot_be_assigned_later(dwa):
     with pytest.raises(TypeError, match="does not support item assignment"):
-        dwa.outputs["easy"] = 5.0
+        dwa.base_weights["easy"] = 5.0
 
 
 def test_base_weights_have_the_range_of_floatx():

@@ -12,7 +12,7 @@ from run_to_kill import Stop
 
 import keras_dwa
 from keras_dwa import CompoundLoss, DynamicWeightAverage
-from keras_dwa.loss_weights import State
+from keras_dwa._loss_weights import State
 
 FIT = {"batch_size": 8, "verbose": 0}
 

@@ -199,7 +199,7 @@ def test_file_that_is_read_forgets_what_was_recorded_since(dwa, tmp_path):
     moved = dwa.step()
     model.compound.combine({"easy": 1.0, "hard": 100.0})
     model.load_weights(tmp_path / "state.weights.h5")
-    assert dwa.step() == moved != dwa.outputs
+    assert dwa.step() == moved != dwa.base_weights
 
 
 def test_backup_that_comes_before_the_callback_is_warned_of(tmp_path):
@@ -254,7 +254,7 @@ def test_weights_loaded_within_a_fit_are_not_warned_of(dwa, tmp_path):
             reload.model.save_weights(tmp_path / "first.weights.h5")
         if epoch == 3:
             reload.model.load_weights(tmp_path / "first.weights.h5")
-            assert dwa.step() == dwa.outputs
+            assert dwa.step() == dwa.base_weights
 
     reload = keras.callbacks.LambdaCallback(on_epoch_end=save_and_load)
     history = fit_on(compiled_model(dwa), dwa, reload, epochs=6)

@@ -5,8 +5,8 @@ from typing import Any
 
 import keras
 
-from keras_dwa.loss_weighting import LossWeighting
-from keras_dwa.loss_weights import LossWeight, widest_float
+from keras_dwa._loss_weighting import LossWeighting
+from keras_dwa._loss_weights import LossWeight, widest_float
 
 
 class CompoundLoss(keras.losses.Loss):

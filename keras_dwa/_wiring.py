@@ -10,8 +10,8 @@ import keras
 import numpy as np
 
 from keras_dwa._keras_internals import compiled_loss_weights, track
-from keras_dwa.epoch_weights import Vector
-from keras_dwa.loss_weights import LossWeights
+from keras_dwa._epoch_weights import Vector
+from keras_dwa._loss_weights import LossWeights
 
 
 def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_dwa.epoch_weights import Vector
-from keras_dwa.loss_weights import LossWeights
+from keras_dwa._epoch_weights import Vector
+from keras_dwa._loss_weights import LossWeights
 
 Logs = Mapping[str, float]
 

@@ -6,10 +6,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dwa.epoch_weights import Vector
-from keras_dwa.formula import is_positive
-from keras_dwa.logs import check_log_names
-from keras_dwa.loss_weights import LossWeights, as_float
+from keras_dwa._epoch_weights import Vector
+from keras_dwa._formula import is_positive
+from keras_dwa._logs import check_log_names
+from keras_dwa._loss_weights import LossWeights, as_float
 
 
 def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:

@@ -10,9 +10,9 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from keras_dwa.arguments import check_factors, check_losses, check_memory, check_outputs
-from keras_dwa.loss_weights import LossWeight, LossWeights, State
-from keras_dwa.wiring import check_no_fit, put_back
+from keras_dwa._arguments import check_factors, check_losses, check_memory, check_outputs
+from keras_dwa._loss_weights import LossWeight, LossWeights, State
+from keras_dwa._wiring import check_no_fit, put_back
 
 
 class BoundCallback(keras.callbacks.Callback):
@@ -52,11 +52,17 @@ class Rule(BoundCallback):
         self._thread: int | None = None
 
     def __repr__(self) -> str:
-        outputs: Any = self.outputs if set(self.outputs.values()) != {1.0} else list(self.outputs)
+        is_plain = set(self.base_weights.values()) == {1.0}
+        outputs: Any = list(self.outputs) if is_plain else dict(self.base_weights)
         return f"{type(self).__name__}({outputs})"
 
     @property
-    def outputs(self) -> Mapping[str, float]:
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs, as given."""
+        return self._weights.names
+
+    @property
+    def base_weights(self) -> Mapping[str, float]:
         """The base weights by output name, which stay as they are."""
         return MappingProxyType(self._weights.by_name(self._weights.base_weights))
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from keras_dwa.arguments import check_factors
-from keras_dwa.epoch_weights import Vector
-from keras_dwa.loss_weighting import LossWeighting
-from keras_dwa.wiring import check_no_fit
+from keras_dwa._arguments import check_factors
+from keras_dwa._epoch_weights import Vector
+from keras_dwa._loss_weighting import LossWeighting
+from keras_dwa._wiring import check_no_fit
 
 Schedule = Callable[[int, dict[str, float]], Mapping[str, float] | None]
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa.epoch_weights import EpochWeights, Vector
+from keras_dwa._epoch_weights import EpochWeights, Vector
 
 
 @keras.saving.register_keras_serializable(package="keras_dwa")

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa.formula import check_temperature, dwa_weights, undefined_rates
-from keras_dwa.loss_weighting import LossWeighting
+from keras_dwa._formula import check_temperature, dwa_weights, undefined_rates
+from keras_dwa._loss_weighting import LossWeighting
 
 
 class DynamicWeightAverage(LossWeighting):
@@ -14,13 +14,13 @@ class DynamicWeightAverage(LossWeighting):
 
     At the end of each epoch, Dynamic Weight Average gives output k the factor
 
-        lambda_k(t) = K * exp(w_k(t-1) / T) / sum_i exp(w_i(t-1) / T)
-        w_k(t-1) = L_k(t-1) / L_k(t-2)
+        lambda_k(t) = K * exp(r_k(t-1) / T) / sum_i exp(r_i(t-1) / T)
+        r_k(t-1) = L_k(t-1) / L_k(t-2)
 
     where
 
     - `L_k(t)` is the output's unweighted loss averaged over epoch t;
-    - `w_k(t-1)` is its relative descending rate, small where the loss falls fast;
+    - `r_k(t-1)` is its relative descending rate, small where the loss falls fast;
     - `T` is the temperature: the larger, the more uniform the factors;
     - `K` is the number of outputs, which the factors sum to. For the first two epochs each is 1.
 

@@ -15,13 +15,13 @@ def dwa_weights(
 
     Dynamic Weight Average gives the loss that falls slowest the largest weight:
 
-        lambda_k(t) = K * exp(w_k(t-1) / T) / sum_i exp(w_i(t-1) / T)
-        w_k(t-1) = L_k(t-1) / L_k(t-2)
+        lambda_k(t) = K * exp(r_k(t-1) / T) / sum_i exp(r_i(t-1) / T)
+        r_k(t-1) = L_k(t-1) / L_k(t-2)
 
     where
 
     - `L_k(t)` is loss k averaged over epoch t, before any weighting;
-    - `w_k(t-1)` is the relative descending rate of loss k, small where it falls fast;
+    - `r_k(t-1)` is the relative descending rate of loss k, small where it falls fast;
     - `T` is the temperature: the larger, the more uniform the weights;
     - `K` is the number of losses, which the weights sum to.
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import keras
 
-from keras_dwa.epoch_weights import EpochWeights
-from keras_dwa.logs import add_to_logs, check_logs, losses_of
-from keras_dwa.rule import Rule
-from keras_dwa.wiring import (
+from keras_dwa._epoch_weights import EpochWeights
+from keras_dwa._logs import add_to_logs, check_logs, losses_of
+from keras_dwa._rule import Rule
+from keras_dwa._wiring import (
     attach,
     check_attached,
     check_compiled,
