@@ -1,15 +1,35 @@
 """How the weights combine losses outside `compile`: in custom loops, and other loss terms."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import keras
 
 from keras_dwa._loss_weighting import LossWeighting
-from keras_dwa._loss_weights import LossWeight, widest_float
+from keras_dwa._loss_weights import LossWeight, LossWeights, widest_float
 
 
-class CompoundLoss(keras.losses.Loss):
+class StatefulLoss(keras.metrics.Metric, keras.losses.Loss):
+    """A loss with variables: a metric, too, since a model tracks those that are its attributes."""
+
+    def __init__(self, weights: LossWeights) -> None:
+        super().__init__(name="compound_loss")
+        self._weights = weights
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: a step of one's own may call it on all metrics."""
+
+    def result(self) -> dict[str, Any]:
+        """The averages of the unweighted losses."""
+        return self._weights.result()
+
+    def reset_state(self) -> None:
+        """Forgets the losses, not the weights."""
+        self._weights.reset_state()
+
+
+@keras.saving.register_keras_serializable(package="keras_dwa")
+class CompoundLoss(StatefulLoss):
     """The weighted sum of several losses, under the weights of a `LossWeighting`.
 
     For what `compile(loss_weights=...)` cannot do: training loops of your own, and loss terms that
@@ -19,8 +39,10 @@ class CompoundLoss(keras.losses.Loss):
     Each call also records the unweighted losses. In a loop of your own, `weighting.step()` at the
     end of an epoch moves the weights by what was recorded. Under `fit`, with a
     `Model.compute_loss` that calls the compound loss, pass `weighting` as a callback: the losses
-    then appear in the logs as `<name>_loss`, and the callback does the rest.
+    then appear in the logs as `<name>_loss`, and the callback does the rest. The same goes for a
+    `train_step` of your own, except on JAX, where that has to call `compute_loss`.
 
+    Make it an attribute of the model, which then saves the weights and the state of their rule.
     Use it once in a step: each use counts as a batch of its own.
 
     On JAX, use `stateless_call` and `stateless_combine` in functions that you give to `jax.jit`:
@@ -29,7 +51,8 @@ class CompoundLoss(keras.losses.Loss):
     Args:
         losses: output name to loss: anything that `keras.losses.get` takes, a name, a function or a
             `keras.losses.Loss`. A sequence of names, when you only `combine` terms.
-        weighting: the callback with the weights, of any rule. Its outputs must be the same names.
+        weighting: the callback with the weights, of any rule, or its config. Its outputs must be
+            the same names.
 
     Raises:
         ValueError: if `losses` and `weighting` have different names, or a loss is not one.
@@ -51,7 +74,8 @@ class CompoundLoss(keras.losses.Loss):
     """
 
     def __init__(self, losses: Mapping[str, Any] | Sequence[str], weighting: LossWeighting) -> None:
-        super().__init__(name="compound_loss")
+        if isinstance(weighting, dict):
+            weighting = keras.saving.deserialize_keras_object(weighting)
         if not isinstance(weighting, LossWeighting):
             raise ValueError(f"`weighting` must be a LossWeighting. Found {weighting!r}.")
         outputs = list(weighting.outputs)
@@ -60,14 +84,20 @@ class CompoundLoss(keras.losses.Loss):
             raise ValueError(
                 f"`losses` must have the names of `weighting`, {outputs}. Found {losses!r}."
             )
+        super().__init__(weighting._weights)
         self._identifiers = dict(losses) if isinstance(losses, Mapping) else {}
         self._losses = {name: _as_loss(loss) for name, loss in self._identifiers.items()}
         self._weighting = weighting
-        weighting._weights.start_recording()
+        self._weights.start_recording()
 
     def __repr__(self) -> str:
         losses = self._identifiers or list(self._weighting.outputs)
         return f"CompoundLoss({losses}, {self._weighting!r})"
+
+    @property
+    def weighting(self) -> LossWeighting:
+        """The callback with the weights: for `fit(callbacks=[...])`."""
+        return self._weighting
 
     @property
     def losses(self) -> dict[str, Any]:
@@ -177,13 +207,15 @@ class CompoundLoss(keras.losses.Loss):
         return _stateless(variables, references, lambda: self.combine(values, samples))
 
     def get_config(self) -> dict[str, Any]:
-        raise ValueError(
-            "A compound loss holds a callback and has no config. Make it anew in the `__init__` of "
-            "the model that uses it."
-        )
+        losses = self._identifiers or list(self._weighting.outputs)
+        return {"losses": losses, "weighting": self._weighting}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**keras.saving.deserialize_keras_object(config))
 
     def _combine(self, values: Mapping[str, Any], samples: Any) -> Any:
-        state = self._weighting._weights
+        state = self._weights
         terms = [keras.ops.convert_to_tensor(values[name]) for name in state.names]
         for name, term in zip(state.names, terms, strict=True):
             if term.shape != ():
@@ -195,7 +227,7 @@ class CompoundLoss(keras.losses.Loss):
         stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
         # Read first: where they have no value, they say why.
         weights = keras.ops.cast(state.vector, dtype)
-        state.update_state(stacked, samples)
+        state.add(stacked, samples)
         return keras.ops.sum(stacked * keras.ops.stop_gradient(weights))
 
     def _check_has_losses(self) -> None:

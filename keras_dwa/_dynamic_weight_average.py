@@ -1,7 +1,9 @@
 """Dynamic Weight Average, as a rule for the loss weights."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import keras
 import numpy as np
 from numpy.typing import NDArray
 
@@ -9,6 +11,7 @@ from keras_dwa._formula import check_temperature, dwa_weights, undefined_rates
 from keras_dwa._loss_weighting import LossWeighting
 
 
+@keras.saving.register_keras_serializable(package="keras_dwa")
 class DynamicWeightAverage(LossWeighting):
     """Weights the losses of a multi-output model by how fast each of them falls.
 
@@ -81,6 +84,9 @@ class DynamicWeightAverage(LossWeighting):
     @temperature.setter
     def temperature(self, value: float) -> None:
         self._temperature = check_temperature(value)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), "temperature": self.temperature}
 
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
         names = sorted(self.outputs)  # A file may have the outputs in another order.

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._loss_weights import LossWeights
@@ -25,7 +26,7 @@ def check_log_names(names: Sequence[str]) -> None:
 
 def _missing_losses(logs: Logs, names: Sequence[str], prefix: str = "") -> list[str]:
     """Which of the losses that a model with these outputs logs are not there."""
-    return [key for key in (f"{prefix}loss", *_keys(logs, names, prefix)) if key not in logs]
+    return [key for key in _keys(logs, names, prefix) if key not in logs]
 
 
 def losses_of(logs: Logs, names: Sequence[str], had: Vector, prefix: str = "") -> Vector:
@@ -44,7 +45,7 @@ def _keys(logs: Logs, names: Sequence[str], prefix: str) -> list[str]:
     return [f"{prefix}loss"] if len(keys) == 1 and keys[0] not in logs else keys
 
 
-def check_logs(logs: Logs, names: Sequence[str]) -> None:
+def check_logs(logs: Logs, names: Sequence[str], had: Vector) -> None:
     """Raises a ValueError unless the logs of training have all losses, and room for ours."""
     if missing := _missing_losses(logs, names):
         raise ValueError(
@@ -52,9 +53,46 @@ def check_logs(logs: Logs, names: Sequence[str]) -> None:
             "`self.compute_metrics(...)` from `train_step`; in `compute_loss`, call "
             "`super().compute_loss(...)`, or a CompoundLoss and `compile` without a loss."
         )
-    ours = [*(f"{name}_weight" for name in names), "base_loss", "val_base_loss"]
-    if taken := [key for key in ours if key in logs]:
+    if taken := [key for name in names if (key := f"{name}_weight") in logs]:
         raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
+    losses = losses_of(logs, names, had)
+    if logs.get("loss") == 0 < had @ losses:
+        raise ValueError(
+            f"`loss` was 0 in the logs, although its parts were "
+            f"{dict(zip(names, losses.tolist(), strict=True))}. Update "
+            "Keras's metric of it in a `train_step`:\n"
+            "    next(m for m in self.metrics if m.name == 'loss').update_state(loss)"
+        )
+
+
+def check_base_loss(logs: Logs) -> None:
+    """Raises a ValueError if the logs of a step have what only the weighting logs."""
+    if taken := [key for key in ("base_loss", "val_base_loss") if key in logs]:
+        raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
+
+
+def check_terms(
+    logs: Logs, recorded: NDArray[np.float64] | None, batches: int, names: Sequence[str]
+) -> None:
+    """Raises a ValueError if the logs have other losses than a compound loss recorded.
+
+    Args:
+        logs: those of the epoch so far.
+        recorded: see `LossWeights.recorded`. Of another number of batches, it tells nothing.
+        batches: how many the epoch has had.
+        names: those of the outputs.
+    """
+    if recorded is None or recorded[1, -1] != batches or _missing_losses(logs, names):
+        return
+    for name, averages in zip(names, recorded.T.tolist(), strict=False):
+        value = logs[f"{name}_loss"]
+        # Over samples, or over batches.
+        if not any(math.isclose(value, average, rel_tol=1e-2) for average in averages):
+            raise ValueError(
+                f"`logs` has {value} for `{name}_loss`, but the compound loss got a term of "
+                f"{averages[1]}, averaged over {batches} batches. Log that average, unweighted:\n"
+                f"    keras.metrics.Mean(name='{name}_loss')"
+            )
 
 
 def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
@@ -67,7 +105,10 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
     mean = had.mean()
     losses = losses_of(logs, names, mean)
     logs.update({f"{name}_weight": weight for name, weight in weights.by_name(mean).items()})
-    logs["base_loss"] = _base_loss(logs["loss"], losses, mean, weights.base_weights)
+    if "loss" in logs:
+        # Another weighting, of other losses of the model, may have begun it.
+        total = logs.get("base_loss", logs["loss"])
+        logs["base_loss"] = _base_loss(total, losses, mean, weights.base_weights)
     if "val_loss" not in logs:
         return []
     if missing := _missing_losses(logs, names, "val_"):
@@ -77,7 +118,8 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
         ]
     validation = had.weights if had.validation is None else had.validation
     losses = losses_of(logs, names, validation, "val_")
-    logs["val_base_loss"] = _base_loss(logs["val_loss"], losses, validation, weights.base_weights)
+    total = logs.get("val_base_loss", logs["val_loss"])
+    logs["val_base_loss"] = _base_loss(total, losses, validation, weights.base_weights)
     return []
 
 

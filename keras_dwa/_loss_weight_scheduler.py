@@ -1,8 +1,11 @@
 """A schedule, as a rule for the loss weights: factors that follow the epoch."""
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
+import keras
 import numpy as np
 
 from keras_dwa._arguments import check_factors
@@ -13,6 +16,7 @@ from keras_dwa._wiring import check_no_fit
 Schedule = Callable[[int, dict[str, float]], Mapping[str, float] | None]
 
 
+@keras.saving.register_keras_serializable(package="keras_dwa")
 class LossWeightScheduler(LossWeighting):
     """Moves the loss weights by a function of the epoch, like Keras's `LearningRateScheduler`.
 
@@ -62,6 +66,19 @@ class LossWeightScheduler(LossWeighting):
             )
         self.schedule = schedule
         self._begin(0)
+
+    def get_config(self) -> dict[str, Any]:
+        """As in `LossWeighting.get_config`; a ValueError if Keras could not load `schedule`."""
+        schedule = self.schedule
+        registered = schedule if inspect.isfunction(schedule) else type(schedule)
+        name = keras.saving.get_registered_name(registered)
+        if keras.saving.get_registered_object(name) is not registered:
+            raise ValueError(
+                f"Keras saves a `schedule` that is registered. Found {schedule!r}. Write\n"
+                "    @keras.saving.register_keras_serializable()\n"
+                "before its `def` (or its class, which needs a `get_config`)."
+            )
+        return {**super().get_config(), "schedule": schedule}
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._is_new = False  # A schedule misses no epoch before.

@@ -1,7 +1,9 @@
 """When the loss weights move: the callback that every rule is built on, in Keras's hooks."""
 
+import math
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,17 +11,19 @@ from typing import Any
 import keras
 
 from keras_dwa._epoch_weights import EpochWeights
-from keras_dwa._logs import add_to_logs, check_logs, losses_of
+from keras_dwa._logs import add_to_logs, check_base_loss, check_logs, check_terms, losses_of
 from keras_dwa._rule import Rule
 from keras_dwa._wiring import (
     attach,
     check_attached,
-    check_compiled,
-    check_distribution,
     check_effect,
     check_first_batches,
+    check_model,
     check_one_fit,
+    fixed_part,
+    has_own,
     is_compiled_with,
+    is_tracked,
     lacks_weights,
     poisoned,
     put_back,
@@ -27,6 +31,7 @@ from keras_dwa._wiring import (
 )
 
 
+@keras.saving.register_keras_serializable(package="keras_dwa")
 class LossWeighting(Rule):
     """Moves the loss weights of a multi-output model while it trains, by a rule or by hand.
 
@@ -101,6 +106,12 @@ class LossWeighting(Rule):
         super().__init__(outputs, verbose)
         self._is_new = self._is_start = False
         self._looks_static = True
+        self._looks_at_terms = False
+        # All that were shown.
+        self._models: list[weakref.ref[keras.Model]] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_models": []}
 
     def reset(self) -> None:
         super().reset()
@@ -117,14 +128,11 @@ class LossWeighting(Rule):
 
     def set_model(self, model: keras.Model) -> None:
         weights = self._weights
-        # With a compound loss, the weights may enter through the model's `compute_loss` instead.
+        check_model(model, weights, in_fit=False)
+        # With a compound loss, the weights may enter through the model's own step instead.
         weights.in_logs = weights.record is not None and not is_compiled_with(model, weights)
-        if not weights.in_logs:
-            check_compiled(model, weights)
-        check_distribution(weights)
-        former = self.model
-        tracked = getattr(model, weights.name, None) is weights
-        if tracked and model is former:
+        former, is_known = self.model, any(known() is model for known in self._models)
+        if is_known and model is former and is_tracked(model, weights):
             return
         attach(model, weights)
         is_unpickled = former is None and bool(weights.file)
@@ -134,9 +142,10 @@ class LossWeighting(Rule):
             if assigned:
                 self.assign(assigned)
         self._is_new = True
+        self._models.append(weakref.ref(model))
         # Late, so that the next call does it all again if Ctrl-C comes before.
         super().set_model(model)
-        if tracked and former is not None:
+        if is_known and model is not former:
             warnings.warn(
                 f"{type(self).__name__} comes back to a model after it was with another one, and "
                 "starts afresh. Make a weighting for each model:\n"
@@ -146,8 +155,11 @@ class LossWeighting(Rule):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         check_attached(self.model, self._weights, self)
+        check_model(self.model, self._weights)
         self._thread = threading.get_ident()
         self._is_start = True
+        by_step = self._weights.in_logs and has_own(self.model, "train_step")
+        self._looks_at_terms = by_step or bool(self._weights.tracked)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         check_one_fit(self._thread, self)
@@ -158,18 +170,28 @@ class LossWeighting(Rule):
         self._is_new, weights.file = False, None
         weights.state = replace(weights.state, epochs=epoch)
         weights.epoch = EpochWeights(weights.assigned)
+        weights.reset_state()  # As Keras did, unless the model's `metrics` hides it.
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
         self._check_first_batches()
+        self._check_terms(batch)
         self._weights.epoch.begin(batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
         weights = self._weights
-        if logs and not weights.epoch.batches:
-            check_logs(logs, weights.names)
-        weights.epoch.end(batch)
+        epoch = weights.epoch
+        if logs and not epoch.batches:
+            check_logs(logs, weights.names, epoch.weights)
+            check_base_loss(logs)
+        if logs and len(epoch.logged) < 2:
+            epoch.logged[batch + 1] = dict(logs)
+        epoch.end(batch)
+
+    def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
+        # Which may record, too.
+        self._check_terms(self._weights.epoch.batches)
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
         self._weights.epoch.validation = self._weights.assigned
@@ -187,13 +209,15 @@ class LossWeighting(Rule):
             )
             return self._warn()
         self._check_first_batches()
-        check_logs(logs, weights.names)
         mean = weights.epoch.mean()
+        check_logs(logs, weights.names, mean)
+        self._check_terms(weights.epoch.batches)
         losses = losses_of(logs, weights.names, mean)
         self._messages += add_to_logs(logs, weights)
-        total = logs["loss"]
+        total = logs.get("loss", math.nan)
         if weights.epoch.is_constant:
-            self._looks_static = check_effect(total, losses, weights, mean, self._looks_static)
+            ours = total - fixed_part(self.model, logs, weights)
+            self._looks_static = check_effect(ours, losses, weights, mean, self._looks_static)
         self._messages += poisoned(total, losses, mean, weights.names)
         of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
         self._close_epoch(epoch, {**logs, **of_outputs})
@@ -215,6 +239,17 @@ class LossWeighting(Rule):
         if self._is_start and self._weights.epoch.batches:
             self._is_start = False
             check_first_batches(self.model, self._weights)
+
+    def _check_terms(self, batches: int) -> None:
+        """Checks what the first two steps of an epoch logged, where the model logs the losses."""
+        epoch, weights = self._weights.epoch, self._weights
+        if not self._looks_at_terms:
+            return
+        if epoch.has_begun and len(epoch.recorded) < 2 and batches not in epoch.recorded:
+            self._sync()
+            epoch.recorded[batches] = weights.recorded()
+        for ended in epoch.recorded.keys() & epoch.logged.keys():
+            check_terms(epoch.logged[ended], epoch.recorded[ended], ended, weights.names)
 
     def _print_weights(self, epoch: int) -> None:
         weights = self._weights.by_name(self._weights.assigned)

@@ -108,10 +108,12 @@ class LossWeights(keras.metrics.Metric):
         epoch: the weights that the batches of the epoch under way had.
         file: what was read since the last epoch began: the name of the rule whose state it was, ""
             if there was none, None if there was no file.
-        record: the sums of the K losses recorded since the last reset, then their number: a
-            variable of shape `(K + 1,)`, float32 or wider. None until `start_recording`.
-        called: whether `update_state` was called since the last epoch was closed, be it in a trace.
+        record: what was recorded since the last reset: the sums of the K losses, each times its
+            batch's samples, and the samples; then the sums of the losses alone, and the batches. A
+            variable of shape `(2K + 2,)`, float32 or wider. None until `start_recording`.
+        called: whether `add` was called since the last epoch was closed, be it in a trace.
         in_logs: whether the recorded averages are the model's logs.
+        tracked: the outputs whose losses the model logs by metrics of its own.
         is_distributed: whether the variables were made under a `keras.distribution`.
     """
 
@@ -134,6 +136,7 @@ class LossWeights(keras.metrics.Metric):
         self.is_distributed = keras.distribution.distribution() is not None
         self.record: Any = None
         self.in_logs = False
+        self.tracked: frozenset[str] = frozenset()
         self.epoch = EpochWeights(self.base_weights)
         self.reset()
         self.epoch = EpochWeights(self.assigned)
@@ -178,22 +181,26 @@ class LossWeights(keras.metrics.Metric):
             self.reset_state()
 
     def start_recording(self) -> None:
-        """Makes the variable that `update_state` records in."""
+        """Makes the variable that `add` records in."""
         if self.record is None:
             self.record = self.add_variable(
-                shape=(len(self.names) + 1,),
+                shape=(2 * len(self.names) + 2,),
                 initializer="zeros",
                 dtype=widest_float(keras.config.floatx(), "float32"),
                 name="record",
             )
 
-    def update_state(self, losses: Any, samples: Any) -> None:
+    def add(self, losses: Any, samples: Any) -> None:
         """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
-        self.called = True
+        self.called = self.in_logs = True
         one = keras.ops.ones((1,))
         values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
+        row = keras.ops.concatenate([values, one])
         samples = keras.ops.cast(samples, self.record.dtype)
-        self.record.assign_add(samples * keras.ops.concatenate([values, one]))
+        self.record.assign_add(keras.ops.concatenate([samples * row, row]))
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: a step of one's own may call it on all metrics."""
 
     def reset_state(self) -> None:
         """Sets what was recorded to zero, and nothing else.
@@ -207,25 +214,34 @@ class LossWeights(keras.metrics.Metric):
         """The recorded averages as `<name>_loss`, where they are the model's logs."""
         if not self.in_logs:
             return {}
-        record = keras.ops.convert_to_tensor(self.record)
-        averages = record[:-1] / record[-1]
-        return {f"{name}_loss": averages[k] for k, name in enumerate(self.names)}
+        record, size = keras.ops.convert_to_tensor(self.record), len(self.names)
+        averages = record[:size] / record[size]
+        return {
+            f"{name}_loss": averages[k]
+            for k, name in enumerate(self.names)
+            if name not in self.tracked
+        }
 
-    def recorded_averages(self) -> dict[str, float] | None:
-        """The recorded averages as floats by output name; None where nothing was recorded."""
+    def recorded(self) -> NDArray[np.float64] | None:
+        """What was recorded since the last reset: float64, shape `(2, K + 1)`; None for no batch.
+
+        The averages of the K losses over samples, and how many there were; the same over batches.
+        """
         if self.record is None:
             return None
         try:
-            *sums, samples = keras.ops.convert_to_numpy(self.record).tolist()
+            values = keras.ops.convert_to_numpy(self.record)
         except TypeError as error:
             raise ValueError(
                 "The losses were recorded under `jax.jit`, where a variable cannot keep them. Use "
                 "`stateless_call` or `stateless_combine` there, and assign the variables that it "
                 "returns to `weighting.variables`."
             ) from error
-        if samples == 0:
+        record: NDArray[np.float64] = values.astype(np.float64).reshape(2, -1)
+        if not record[:, -1].all():
             return None
-        return {name: value / samples for name, value in zip(self.names, sums, strict=True)}
+        record[:, :-1] /= record[:, -1:]
+        return record
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into a weights file."""

@@ -158,7 +158,8 @@ class Rule(BoundCallback):
         if losses is None:
             if weights.in_logs:
                 check_no_fit(self._thread)
-            losses = weights.recorded_averages()
+            recorded = weights.recorded()
+            losses = None if recorded is None else weights.by_name(recorded[0, :-1])
             if losses is None and weights.called:
                 weights.called = False
                 self._messages.append(
@@ -178,6 +179,18 @@ class Rule(BoundCallback):
         self._sync()
         self._weights.reset()
         self._assigned = {}
+
+    def get_config(self) -> dict[str, Any]:
+        """What makes the same weighting anew, for Keras to save; the model's weights have the rest.
+
+        A rule with arguments of its own adds them, and is registered by
+        `keras.saving.register_keras_serializable`.
+        """
+        return {"outputs": dict(self.base_weights), "verbose": self.verbose}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**keras.saving.deserialize_keras_object(config))
 
     def _close_epoch(self, epoch: int, logs: Mapping[str, float]) -> None:
         weights = self._weights

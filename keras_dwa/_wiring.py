@@ -3,15 +3,15 @@
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_dwa._keras_internals import compiled_loss_weights, track
 from keras_dwa._epoch_weights import Vector
-from keras_dwa._loss_weights import LossWeights
+from keras_dwa._keras_internals import compiled_loss_weights, track
+from keras_dwa._loss_weights import LossWeight, LossWeights
 
 
 def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:
@@ -20,92 +20,149 @@ def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:
     return any(weight is own for weight in compiled for own in weights.entries.values())
 
 
-def check_compiled(model: keras.Model, weights: LossWeights) -> None:
-    """Raises a ValueError that shows the call to write, unless each loss of `model` has its weight.
+def has_own(model: keras.Model, *methods: str) -> bool:
+    """Whether the class of `model` overrides any of Keras's `methods`."""
+    return any(
+        getattr(type(model), method) is not getattr(keras.Model, method) for method in methods
+    )
+
+
+def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -> None:
+    """Raises a ValueError with all that is wrong with `model`, in the order in which to mend it.
 
     Args:
-        model: a compiled model.
-        weights: those of the callback, whose entries the losses must have.
+        model: a model, compiled if it is to be trained by `fit`.
+        weights: those of the callback.
+        in_fit: whether Keras trains it, so that a step of its own must have a compound loss.
     """
-    loss, loss_weights = model.loss, compiled_loss_weights(model)
-    ours = weights.entries
-    output_names = getattr(model, "output_names", list(ours))
-    if loss is None:
-        raise ValueError(
-            f"`model` was compiled without a loss. Write\n    {_compile_call(output_names)}\n"
-            "If it calls a compound loss, pass the callback that has it."
-        )
-    if not is_compiled_with(model, weights):
-        raise ValueError(
-            "`model` was not compiled with this callback's loss weights: they would have no "
-            f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}\n"
-            "Numbers of your own are base weights: outputs={name: number}"
-        )
-    if isinstance(loss, (list, tuple)):
-        raise ValueError(
-            "`model` was compiled with `loss` as a list, which Keras pairs with `loss_weights` in "
-            "alphabetical order. Compile with a dict (a subclassed model must return one, too):\n"
-            f"    {_compile_call(output_names)}"
-        )
-    if not isinstance(loss, dict):
-        if max(len(output_names), len(ours)) > 1:
-            raise ValueError(
-                f"`model` was compiled with one loss, {loss!r}, for all its outputs. Compile with "
-                f"a dict:\n    {_compile_call(output_names)}"
-            )
-        return
-    losses = dict(keras.tree.flatten_with_path(loss))
-    if any(isinstance(key, int) for path in losses for key in path):
-        raise ValueError(
-            f"`model` was compiled with a list within `loss={loss}`. Write each loss by itself, "
-            "and nested outputs as dicts:\n"
-            "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
-        )
-    names = {path: _path_name(path) for path, value in losses.items() if value is not None}
-    if set(names.values()) != set(ours):
-        found = list(names.values())
-        raise ValueError(
-            f"`model` was compiled with losses for {found}, but the callback has the outputs "
-            f"{list(ours)}. Make it with\n    outputs={found}\nand write\n"
-            f"    {_compile_call(found)}"
-        )
-    # Keras pairs other structures by their order, which is not the same on every backend.
-    paths = dict(keras.tree.flatten_with_path(loss_weights))
-    if paths.keys() != losses.keys() or any(paths[p] is not ours[names[p]] for p in names):
-        raise ValueError(
-            f"`loss_weights={loss_weights}` must have the structure of `loss`, and each loss its "
-            f"own weight. Compile with\n    loss_weights={_loss_weights_like(loss)}"
-        )
-
-
-def check_distribution(weights: LossWeights) -> None:
-    """Raises a ValueError if JAX would refuse the weights together with a distributed model."""
-    distribution = keras.distribution.distribution()
-    if keras.backend.backend() == "jax" and distribution is not None and not weights.is_distributed:
-        raise ValueError(
-            f"The callback was made before the distribution was set. Found {distribution}. Call\n"
-            "    keras.distribution.set_distribution(...)\nand then make the callback."
-        )
-
-
-def attach(model: keras.Model, weights: LossWeights) -> None:
-    """Sets the weights as an attribute of `model`, or raises a ValueError."""
-    former = getattr(model, weights.name, None)
-    if not isinstance(former, LossWeights | None):
-        raise ValueError(
+    problems = [*_distribution(weights), *_losses(model, weights, in_fit)]
+    if not isinstance(former := getattr(model, weights.name, None), LossWeights | None):
+        problems.append(
             f"`model.{weights.name}` is taken: the loss weights are kept there. Found {former!r}. "
             "Give that another name."
         )
-    track(model, weights)
-    if weights.in_logs:
-        # As `compile` does: a step that TensorFlow traced before does not return our logs.
-        model.train_function = model.test_function = None
-    tracked = {id(variable) for variable in model.metrics_variables}
-    if not tracked.issuperset(map(id, weights.variables)):
-        raise ValueError(
+    if keras.backend.backend() == "jax" and _hides(model, weights):
+        problems.append(
             f"`{type(model).__name__}.metrics` hides the loss weights from the training step, in "
             "which JAX would freeze them. Return `[*super().metrics, ...]` from it."
         )
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+def _losses(model: keras.Model, weights: LossWeights, in_fit: bool) -> list[str]:
+    """What is wrong with the losses of `model`, if anything."""
+    loss, loss_weights = model.loss, compiled_loss_weights(model)
+    ours = weights.entries
+    if not is_compiled_with(model, weights):
+        if weights.record is not None:
+            return []  # They may enter through a compound loss.
+        if loss is None and has_own(model, "train_step", "compute_loss"):
+            return [_combine_call(model, weights)] if in_fit else []
+        if loss is None:
+            names = getattr(model, "output_names", list(ours))
+            return [f"`model` was compiled without a loss. Write\n    {_compile_call(names)}"]
+        return [
+            "`model` was not compiled with this callback's loss weights: they would have no "
+            f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}\n"
+            "Numbers of your own are base weights: outputs={name: number}"
+        ]
+    if isinstance(loss, (list, tuple)):
+        outputs = model.output if hasattr(model, "output_names") else None
+        if not isinstance(outputs, (list, tuple)) or not isinstance(loss_weights, (list, tuple)):
+            return [
+                "`model` was compiled with `loss` as a list. Keras pairs a list with a dict in "
+                "alphabetical order of the names; two lists go by the outputs of a functional "
+                "model that has a list of them. Else write dicts (a subclassed model must return "
+                f"one, too):\n    {_compile_call(getattr(model, 'output_names', ours))}"
+            ]
+    elif not isinstance(loss, dict):
+        names = getattr(model, "output_names", list(ours))
+        if max(len(names), len(ours)) == 1:
+            return []
+        return [
+            f"`model` was compiled with one loss, {loss!r}, for all its outputs. Compile with "
+            f"a dict:\n    {_compile_call(names)}"
+        ]
+    elif any(
+        isinstance(key, int) for path, _ in keras.tree.flatten_with_path(loss) for key in path
+    ):
+        return [
+            f"`model` was compiled with a list within `loss={loss}`. Write each loss by itself, "
+            "and nested outputs as dicts:\n"
+            "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
+        ]
+    losses, found = _by_path(model, loss), _by_path(model, loss_weights)
+    names = {path: _path_name(path) for path, value in losses.items() if value is not None}
+    fixed = _fixed(model, weights)
+    if set(names.values()) - set(fixed) != set(ours):
+        outputs = list(names.values())
+        return [
+            f"`model` was compiled with losses for {outputs}, but the callback has the outputs "
+            f"{list(ours)}. Make it with\n    outputs={outputs}\nand write\n"
+            f"    {_compile_call(outputs)}\nor give the others a number:\n"
+            "    loss_weights={**weighting.loss_weights, 'mask': 0.5}"
+        ]
+    # Keras pairs other structures by their order, which is not the same on every backend.
+    is_alike = isinstance(loss, dict) == isinstance(loss_weights, dict)
+    is_alike = is_alike and found.keys() == losses.keys()
+    if not is_alike or any(found[p] is not ours[n] for p, n in names.items() if n in ours):
+        return [
+            f"`loss_weights={loss_weights}` must have the structure of `loss`, and each loss its "
+            f"own weight. Compile with\n    loss_weights={_loss_weights_like(model, loss, fixed)}"
+        ]
+    return []
+
+
+def _fixed(model: keras.Model, weights: LossWeights) -> dict[str, Any]:
+    """Output name to weight, of the losses that `compile` got a weight of the user's own for."""
+    return {
+        name: weight
+        for path, weight in _by_path(model, compiled_loss_weights(model)).items()
+        if (name := _path_name(path)) not in weights.entries
+        and not isinstance(weight, LossWeight | None)
+    }
+
+
+def _distribution(weights: LossWeights) -> list[str]:
+    """What JAX would refuse in the weights together with a distributed model, if anything."""
+    distribution = keras.distribution.distribution()
+    if keras.backend.backend() != "jax" or distribution is None or weights.is_distributed:
+        return []
+    return [
+        f"The callback was made before the distribution was set. Found {distribution}. Call\n"
+        "    keras.distribution.set_distribution(...)\nand then make the callback."
+    ]
+
+
+def is_tracked(model: keras.Model, weights: LossWeights) -> bool:
+    """Whether `model` hands the weights to its steps, unless its `metrics` hides them."""
+    tracked = {id(variable) for metric in _metrics(model) for variable in metric.variables}
+    return tracked.issuperset(map(id, weights.variables))
+
+
+def _hides(model: keras.Model, weights: LossWeights) -> bool:
+    visible = {id(variable) for variable in model.metrics_variables}
+    if is_tracked(model, weights):
+        return not visible.issuperset(map(id, weights.variables))
+    return not visible.issuperset(id(v) for metric in _metrics(model) for v in metric.variables)
+
+
+def _metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+    """The metrics that `model` tracks, whatever an override of `metrics` shows."""
+    metrics: list[keras.metrics.Metric] = keras.Model.metrics.fget(model)
+    return metrics
+
+
+def attach(model: keras.Model, weights: LossWeights) -> None:
+    """Sets the weights as an attribute of `model`, unless a compound loss that it has did."""
+    if not is_tracked(model, weights):
+        track(model, weights)
+    if weights.in_logs:
+        metrics = {metric.name for metric in model.metrics}
+        weights.tracked = frozenset(name for name in weights.names if f"{name}_loss" in metrics)
+        # As `compile` does: a step that TensorFlow traced before does not return our logs.
+        model.train_function = model.test_function = None
 
 
 def check_attached(model: keras.Model | None, weights: LossWeights, callback: Any) -> None:
@@ -115,10 +172,12 @@ def check_attached(model: keras.Model | None, weights: LossWeights, callback: An
             f"{callback!r} was given no model. Write\n"
             "    keras.callbacks.CallbackList([weighting], model=model, ...)"
         )
-    if (attached := getattr(model, weights.name)) is not weights:
+    if not is_tracked(model, weights):
+        other = getattr(model, weights.name)
         raise ValueError(
             f"`callbacks` has two weightings for one model. Found {callback!r} beside one of "
-            f"{list(attached.names)}. Make one with all outputs."
+            f"{list(other.names)}. Make one with all outputs; or, for losses that are trained "
+            "apart, make the compound loss of each an attribute of the model."
         )
 
 
@@ -145,38 +204,36 @@ def check_one_fit(thread: int | None, callback: Any) -> None:
 
 def check_first_batches(model: keras.Model, weights: LossWeights) -> None:
     """Raises a ValueError if the steps that were run did not use the weights once for each loss."""
-    if not weights.in_logs:
-        # Again, for a callback may have compiled the model since.
-        check_compiled(model, weights)
-    _check_metrics(model, weights)
-    called = weights.recorded_averages() is not None
-    if weights.in_logs and not called:
-        raise ValueError(
-            "`model` was neither compiled with the loss weights, nor called the compound loss. "
-            "Call it in `compute_loss`, or write\n"
-            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
-        )
-    if called and not weights.in_logs:
+    # Again, for a callback may have compiled the model since.
+    check_model(model, weights)
+    is_compiled, recorded = is_compiled_with(model, weights), weights.recorded()
+    if is_compiled:
+        _check_metrics(model, weights)
+    if is_compiled and recorded is not None:
         raise ValueError(
             "The compound loss was called in training, and the model compiled with its weights as "
             "well. Use one way; validate by `stateless_call`. (`compile` without a loss keeps the "
             "former: make the model anew.)"
+        )
+    if not is_compiled and recorded is None and weights.called:
+        raise ValueError(
+            "What the compound loss recorded is lost. Return from `train_step` the "
+            "`metrics_variables` that `self.stateless_compute_loss` gives; see "
+            "docs/own_steps.md."
+        )
+    if not is_compiled and recorded is None:
+        raise ValueError(
+            "`model` was neither compiled with the loss weights, nor called the compound loss. "
+            f"Call it in `{_own_step(model)}`, or write\n"
+            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
         )
 
 
 def _check_metrics(model: keras.Model, weights: LossWeights) -> None:
     """Raises a ValueError if the logs of an output's loss would be those of another metric."""
     keys = Counter(metric.name for metric in model.metrics)
-    # One is Keras's own for a loss in `compile`; a compound loss has `weights`, of another name.
-    expected = 0 if weights.in_logs else 1
-    taken = [key for name in weights.names if keys[key := f"{name}_loss"] > expected]
-    if taken and weights.in_logs:
-        raise ValueError(
-            f"`model` has metrics named {taken}, in place of what the compound loss logs. Leave "
-            "them out, or write\n"
-            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
-        )
-    if taken:
+    # One is Keras's own.
+    if taken := [key for name in weights.names if keys[key := f"{name}_loss"] > 1]:
         raise ValueError(
             f"`model` has other metrics named {taken}, which would replace the outputs' losses in "
             f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')"
@@ -189,7 +246,7 @@ def check_effect(
     """Raises a ValueError if the loss is, as in every epoch so far, the sum under the base weights.
 
     Args:
-        total: the logged loss.
+        total: the logged loss, without the outputs of a weight of their own.
         losses: its unweighted parts.
         weights: those of the weighting.
         had: the weights that all batches of the epoch had.
@@ -202,12 +259,6 @@ def check_effect(
     if not math.isfinite(total + static):
         return looks_static
     weighted = float(had @ losses)
-    if total == 0 < weighted:
-        raise ValueError(
-            f"`loss` was 0 in the logs, although its parts were {weights.by_name(losses)}. Update "
-            "Keras's metric of it in a `train_step`:\n"
-            "    next(m for m in self.metrics if m.name == 'loss').update_state(loss)"
-        )
     looks_static = looks_static and math.isclose(total, static, rel_tol=1e-5)
     if looks_static and not math.isclose(weighted, static, rel_tol=1e-3):
         raise ValueError(
@@ -216,6 +267,15 @@ def check_effect(
             "CompoundLoss from `compute_loss`; train on that in `train_step`."
         )
     return looks_static
+
+
+def fixed_part(model: keras.Model, logs: Mapping[str, float], weights: LossWeights) -> float:
+    """What outputs with a weight of the user's own add to the loss; NaN if it is no number."""
+    part = 0.0
+    for name, weight in _fixed(model, weights).items():
+        number = weight if isinstance(weight, (int, float)) else math.nan
+        part += number * logs.get(f"{name}_loss", math.nan)
+    return part
 
 
 def put_back(weights: LossWeights) -> list[str]:
@@ -286,6 +346,14 @@ def lacks_weights(model: keras.Model, params: Any, epoch: int) -> bool:
     )
 
 
+def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:
+    """What `structure` has for each output, by path; that of a list is the output's name."""
+    by_path = dict(keras.tree.flatten_with_path(structure))
+    if isinstance(structure, (list, tuple)):
+        return {(name,): by_path.get((k,)) for k, name in enumerate(model.output_names)}
+    return by_path
+
+
 def _path_name(path: tuple[Any, ...]) -> str:
     # As Keras names the losses in the logs.
     return "/".join(map(str, path))
@@ -296,9 +364,39 @@ def _compile_call(names: Iterable[str]) -> str:
     return f"model.compile(..., loss={{{losses}}}, loss_weights=weighting.loss_weights)"
 
 
-def _loss_weights_like(loss: Any, path: tuple[Any, ...] = ()) -> str:
+def _own_step(model: keras.Model) -> str:
+    return "train_step" if has_own(model, "train_step") else "compute_loss"
+
+
+def _combine_call(model: keras.Model, weights: LossWeights) -> str:
+    """The code for the terms of a `compute_loss` or `train_step` of the user's own."""
+    step = _own_step(model)
+    if step == "train_step" and keras.backend.backend() == "jax":
+        step = "compute_loss` and call `self.stateless_compute_loss` in `train_step"
+    terms = ", ".join(f"{name!r}: ..." for name in weights.names)
+    return (
+        f"`{type(model).__name__}` has a step of its own and was compiled without a loss. Combine "
+        "its losses by a compound loss with this callback: in `__init__`,\n"
+        f"    self.compound = keras_dwa.CompoundLoss({list(weights.names)}, weighting)\n"
+        f"and in `{step}`\n    loss = self.compound.combine({{{terms}}})\n"
+        "If it has a compound loss, pass the callback that has it."
+    )
+
+
+def _loss_weights_like(
+    model: keras.Model, loss: Any, fixed: Mapping[str, Any], path: tuple[Any, ...] = ()
+) -> str:
     """The code for `loss_weights` in the structure of `loss`."""
     if isinstance(loss, dict):
-        items = (f"{key!r}: {_loss_weights_like(loss[key], (*path, key))}" for key in loss)
+        items = (
+            f"{key!r}: {_loss_weights_like(model, loss[key], fixed, (*path, key))}" for key in loss
+        )
         return f"{{{', '.join(items)}}}"
-    return "None" if loss is None else f"weighting.loss_weights[{_path_name(path)!r}]"
+    if isinstance(loss, (list, tuple)):
+        pairs = zip(model.output_names, loss, strict=False)
+        items = (_loss_weights_like(model, value, fixed, (name,)) for name, value in pairs)
+        return f"[{', '.join(items)}]"
+    name = _path_name(path)
+    if loss is None or name in fixed:
+        return repr(fixed.get(name))
+    return f"weighting.loss_weights[{name!r}]"
