@@ -27,6 +27,14 @@ MANUAL = ["README.md", "docs"]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
 # The tuner imports six, and does not require it.
 TEST_TOOLS += ["cloudpickle", "coverage", "keras-tuner", "six"]
+THIRD_PARTY = [
+    "keras-rs==0.4.0",
+    "grain==0.2.18",
+    "kagglehub==1.0.2",
+    "regex",
+    "rich",
+    "tokenizers",
+]
 
 
 def install(session, *packages):
@@ -98,6 +106,16 @@ def nightly(session, backend):
     session.install("--pre", "--upgrade", "keras-nightly")
     session.install("--no-deps", ".")
     run_tests(session, backend, *MANUAL)
+
+
+@nox.session(default=False)
+@nox.parametrize("backend", list(BACKENDS))
+def third_party(session, backend):
+    """The manual's page about models of other packages, with those packages."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, *THIRD_PARTY, ".")
+    # It requires all of TensorFlow, in place of which it can load data with Grain.
+    session.install("--no-deps", "keras-hub==0.32.0")
+    run_tests(session, backend, files=["docs/third_party.md"])
 
 
 @nox.session(default=False)

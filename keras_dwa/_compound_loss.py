@@ -1,5 +1,6 @@
 """How the weights combine losses outside `compile`: in custom loops, and other loss terms."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -84,6 +85,8 @@ class CompoundLoss(StatefulLoss):
             raise ValueError(
                 f"`losses` must have the names of `weighting`, {outputs}. Found {losses!r}."
             )
+        if longer := [f"{name}_loss" for name in outputs if name.endswith("_loss")]:
+            warnings.warn(f"The logs have {longer}: leave `_loss` out of the names.", stacklevel=2)
         super().__init__(weighting._weights)
         self._identifiers = dict(losses) if isinstance(losses, Mapping) else {}
         self._losses = {name: _as_loss(loss) for name, loss in self._identifiers.items()}

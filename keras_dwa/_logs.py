@@ -50,8 +50,9 @@ def check_logs(logs: Logs, names: Sequence[str], had: Vector) -> None:
     if missing := _missing_losses(logs, names):
         raise ValueError(
             f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs so; return "
-            "`self.compute_metrics(...)` from `train_step`; in `compute_loss`, call "
-            "`super().compute_loss(...)`, or a CompoundLoss and `compile` without a loss."
+            "`self.compute_metrics(...)`, or averages named so, from `train_step`; in "
+            "`compute_loss`, call `super().compute_loss(...)`, or a CompoundLoss and `compile` "
+            "without a loss."
         )
     if taken := [key for name in names if (key := f"{name}_weight") in logs]:
         raise ValueError(f"`logs` has {taken} already. Give that metric another name.")

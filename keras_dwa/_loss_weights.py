@@ -34,7 +34,12 @@ class LossWeight(keras.Variable):
 
     @property
     def value(self) -> Any:
-        return self._vector.value[self._index]
+        vector = self._vector.value
+        entry = vector[self._index]
+        if keras.backend.backend() == "jax" and type(entry) is not type(vector):
+            # A tracer, which is computed from a value that is a constant of the trace.
+            self._vector.is_frozen = True
+        return entry
 
     def assign(self, value: Any) -> NoReturn:
         raise RuntimeError(
@@ -58,7 +63,14 @@ class LossWeight(keras.Variable):
 
 
 class LossWeightVector(keras.Variable):
-    """All loss weights: a variable of shape `(K,)` that says where it has no value."""
+    """All loss weights: a variable of shape `(K,)` that says where it has no value.
+
+    Attributes:
+        is_frozen: whether JAX traced a computation with the present values as constants. Keras
+            does, too, before it builds the step of a model that tracks the weights.
+    """
+
+    is_frozen = False
 
     @property
     def value(self) -> Any:
@@ -68,7 +80,8 @@ class LossWeightVector(keras.Variable):
             raise RuntimeError(
                 f"{self.name!r} has no value while an epoch runs on JAX. Read it by `weighting."
                 "loss_weights`; call a compound loss in the model's `compute_loss`, not in its "
-                "`call`; make a weighting for each model."
+                "`call`, and that in a `train_step` by `self.stateless_compute_loss`; make a "
+                "weighting for each model."
             ) from error
 
 

@@ -168,6 +168,12 @@ class Rule(BoundCallback):
                     "before `train_on_batch`, call `weighting.set_model(model)`."
                 )
         if losses is not None:
+            if weights.vector.is_frozen and self.model is None:
+                weights.vector.is_frozen = False
+                self._messages.append(
+                    "moves weights that JAX compiled into a step as constants. Before the model's "
+                    "first step, call `weighting.set_model(model)`, or pass the callback to `fit`."
+                )
             averages = check_losses(losses, weights.names)
             logs = {f"{name}_loss": average for name, average in averages.items()}
             self._close_epoch(weights.state.epochs, logs)

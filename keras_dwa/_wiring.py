@@ -35,30 +35,40 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
         weights: those of the callback.
         in_fit: whether Keras trains it, so that a step of its own must have a compound loss.
     """
-    problems = [*_distribution(weights), *_losses(model, weights, in_fit)]
+    problems = _distribution(weights)
+    if in_fit or not _lacks_compound_loss(model, weights):
+        problems += _losses(model, weights)
+        if keras.backend.backend() == "jax" and _hides(model, weights):
+            problems.append(
+                f"`{type(model).__name__}.metrics` hides the loss weights from the training step, "
+                "in which JAX would freeze them. Return `[*super().metrics, ...]` from it."
+            )
     if not isinstance(former := getattr(model, weights.name, None), LossWeights | None):
         problems.append(
             f"`model.{weights.name}` is taken: the loss weights are kept there. Found {former!r}. "
             "Give that another name."
         )
-    if keras.backend.backend() == "jax" and _hides(model, weights):
-        problems.append(
-            f"`{type(model).__name__}.metrics` hides the loss weights from the training step, in "
-            "which JAX would freeze them. Return `[*super().metrics, ...]` from it."
-        )
+    if len(problems) > 1:
+        problems = [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]
     if problems:
         raise ValueError("\n".join(problems))
 
 
-def _losses(model: keras.Model, weights: LossWeights, in_fit: bool) -> list[str]:
+def _lacks_compound_loss(model: keras.Model, weights: LossWeights) -> bool:
+    """Whether only a compound loss could bring the weights into the model's own step."""
+    has_step = has_own(model, "train_step", "compute_loss")
+    return model.loss is None and weights.record is None and has_step
+
+
+def _losses(model: keras.Model, weights: LossWeights) -> list[str]:
     """What is wrong with the losses of `model`, if anything."""
     loss, loss_weights = model.loss, compiled_loss_weights(model)
     ours = weights.entries
     if not is_compiled_with(model, weights):
         if weights.record is not None:
             return []  # They may enter through a compound loss.
-        if loss is None and has_own(model, "train_step", "compute_loss"):
-            return [_combine_call(model, weights)] if in_fit else []
+        if _lacks_compound_loss(model, weights):
+            return [_combine_call(model, weights)]
         if loss is None:
             names = getattr(model, "output_names", list(ours))
             return [f"`model` was compiled without a loss. Write\n    {_compile_call(names)}"]
@@ -372,7 +382,7 @@ def _combine_call(model: keras.Model, weights: LossWeights) -> str:
     """The code for the terms of a `compute_loss` or `train_step` of the user's own."""
     step = _own_step(model)
     if step == "train_step" and keras.backend.backend() == "jax":
-        step = "compute_loss` and call `self.stateless_compute_loss` in `train_step"
+        step = "compute_loss`, which `train_step` calls by `self.stateless_compute_loss"
     terms = ", ".join(f"{name!r}: ..." for name in weights.names)
     return (
         f"`{type(model).__name__}` has a step of its own and was compiled without a loss. Combine "
