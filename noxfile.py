@@ -31,9 +31,9 @@ THIRD_PARTY = [
     "keras-rs==0.4.0",
     "grain==0.2.18",
     "kagglehub==1.0.2",
-    "regex",
+    "regex==2026.11.19",
     "rich",
-    "tokenizers",
+    "tokenizers==0.23.3",
 ]
 
 
@@ -113,7 +113,7 @@ def nightly(session, backend):
 def third_party(session, backend):
     """The manual's page about models of other packages, with those packages."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, *THIRD_PARTY, ".")
-    # It requires all of TensorFlow, in place of which it can load data with Grain.
+    # KerasHub requires the whole of TensorFlow, but loads data with Grain where that is installed.
     session.install("--no-deps", "keras-hub==0.32.0")
     run_tests(session, backend, files=["docs/third_party.md"])
 

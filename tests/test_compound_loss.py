@@ -357,31 +357,6 @@ def test_losses_declared_once_serve_compile_and_a_call_between(dwa, compound):
     assert compound.loss_weights == dwa.loss_weights
 
 
-@keras.saving.register_keras_serializable("tests")
-class OwnCallback(ComputeLoss):
-    """A model that makes its callback itself, so that `load_model` can make it anew."""
-
-    def __init__(self, **kwargs):
-        self.dwa = new_dwa()
-        super().__init__(self.dwa, **kwargs)
-
-    def get_config(self):
-        return {}
-
-
-def test_saved_model_goes_on_with_the_state(tmp_path):
-    model = OwnCallback()
-    model.compile(keras.optimizers.Adam(0.01))
-    fit(model, model.dwa, shuffle=False)
-    model.save(tmp_path / "model.keras")
-    expected = fit(model, model.dwa, epochs=2, shuffle=False)
-
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    loaded.dwa.set_model(loaded)
-    loaded.load_weights(tmp_path / "model.keras")
-    assert_close(fit(loaded, loaded.dwa, epochs=2, shuffle=False), expected)
-
-
 @pytest.mark.skipif(BACKEND != "torch", reason="TorchJD runs on torch")
 def test_combine_and_step_are_as_torchjd():
     import torch

@@ -1,5 +1,7 @@
 """Every kind of model that Keras has, every way to feed it, and every precision."""
 
+from functools import partial
+
 import keras
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from common import (
     Y,
     check_run,
     dict_model,
+    expected_weights,
     floatx,
     heads,
     train,
@@ -129,6 +132,57 @@ def test_outputs_of_a_list_without_a_loss_have_none_for_loss_and_weight(dwa):
     model = model_of(lambda outputs, x: [outputs["easy"], more(x), outputs["hard"]])
     model.compile("sgd", {**LOSSES, "more": None}, loss_weights={**dwa.loss_weights, "more": None})
     check_run(model.fit(X, [Y["easy"], X, Y["hard"]], callbacks=[dwa], **FIT).history, dwa)
+
+
+def fixed_weights(outputs, x):
+    return {**outputs, "mask": keras.layers.Dense(1, name="mask")(x)}
+
+
+@pytest.mark.parametrize("mask", [0.5, np.float32(0.5), 2])
+def test_outputs_with_a_number_keep_it_and_count_in_base_loss(dwa, mask):
+    model = model_of(fixed_weights)
+    weights = {**dwa.loss_weights, "mask": mask}
+    model.compile(keras.optimizers.SGD(0.05), {**LOSSES, "mask": "mse"}, loss_weights=weights)
+    targets = {**Y, "mask": Y["easy"] + 1}
+    history = model.fit(X, targets, validation_split=0.2, callbacks=[dwa], **FIT).history
+    np.testing.assert_allclose(
+        np.array([history["easy_weight"], history["hard_weight"]]).T,
+        expected_weights(history, dwa, 0.2),
+        rtol=1e-5,
+    )
+    assert abs(history["easy_weight"][2] - 1) > 1e-3
+    for prefix in ("", "val_"):
+        easy, hard, fixed = (np.array(history[f"{prefix}{n}_loss"]) for n in (*LOSSES, "mask"))
+        moved = history["easy_weight"] * easy + history["hard_weight"] * hard
+        np.testing.assert_allclose(history[f"{prefix}loss"], moved + mask * fixed, rtol=1e-5)
+        base_loss = easy + hard + mask * fixed
+        np.testing.assert_allclose(history[f"{prefix}base_loss"], base_loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sequence", [list, tuple])
+def test_lists_of_losses_and_weights_go_by_the_order_of_the_outputs(dwa, sequence):
+    """In an order that is not the alphabet's."""
+    make_model = partial(model_of, lambda outputs, _: [outputs["hard"], outputs["easy"]])
+    keras.utils.set_random_seed(0)
+    weights = [dwa.loss_weights["hard"], dwa.loss_weights["easy"]]
+    model = make_model()
+    arguments = {"loss": sequence(["mae", "mse"]), "loss_weights": sequence(weights)}
+    model.compile(keras.optimizers.SGD(0.05), **arguments)
+    history = model.fit(X, [Y["hard"], Y["easy"]], callbacks=[dwa], **FIT).history
+    check_run(history, dwa)
+    keras.utils.set_random_seed(0)
+    by_name = train(make_model(), dwa, y=[Y["hard"], Y["easy"]], shuffle=False)
+    assert history == by_name
+
+
+def test_list_may_have_a_number_and_an_output_without_a_loss(dwa):
+    more = keras.layers.Identity(name="more")
+    model = model_of(lambda outputs, x: [outputs["hard"], more(x), outputs["easy"]])
+    dwa = DynamicWeightAverage(["hard"])
+    model.compile("sgd", ["mae", None, "mse"], loss_weights=[dwa.loss_weights["hard"], None, 0.5])
+    history = model.fit(X, [Y["hard"], X, Y["easy"]], callbacks=[dwa], **FIT).history
+    total = np.array(history["hard_loss"]) + 0.5 * np.array(history["easy_loss"])
+    np.testing.assert_allclose(history["loss"], total, rtol=1e-5)
 
 
 class Constant(keras.layers.Layer):

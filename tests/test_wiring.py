@@ -26,7 +26,7 @@ from common import (
     train,
 )
 
-from keras_dwa import CompoundLoss, DynamicWeightAverage
+from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
 
 Lambda = keras.callbacks.LambdaCallback
 BATCHES = 5
@@ -167,6 +167,12 @@ def two_weightings():
     fit(compiled(model, None, None), easy, hard)
 
 
+def beside_a_number():
+    weighting = LossWeighting(["easy"])
+    weighting.assign({"easy": 0.5})
+    fit(compiled(Unweighted(), {**weighting.loss_weights, "hard": 1.0}), weighting)
+
+
 def two_models(inner=None):
     """In turn, or one within the other: `inner` is given the `fit` of the other model."""
     dwa = new()
@@ -245,6 +251,14 @@ MISWIRINGS = {
             run=callback_list),
         row("one_loss_for_all", "one loss, 'mse', for all", CALL, names=["easy"], loss="mse"),
         row("list_of_losses", "`loss` as a list", REORDERED, arrange=as_list, loss=["mae", "mse"]),
+        row("list_of_losses_of_a_dict", "`loss` as a list", CALL, loss=["mae", "mse"],
+            weights=lambda ours: list(ours.values())),
+        row("swapped_list", "loss_weights=[weighting.loss_weights['hard'], weighting.loss_weights",
+            arrange=as_list, loss=["mae", "mse"], weights=lambda ours: list(ours.values())),
+        row("weight_of_another_callback_beside", "the outputs ['easy']", "{**weighting.loss_w",
+            names=["easy"], weights=lambda ours: {**ours, "hard": new().loss_weights["hard"]}),
+        row("no_number_beside", "the outputs ['easy']", OUTPUTS, names=["easy"],
+            weights=lambda ours: {**ours, "hard": None}),
         row("lists_in_a_dict", "['mse']", "loss={'depth': 'mae',",
             loss={"easy": ["mse"], "hard": ["mae"]}),
         # Keras pairs it with the outputs in the model's order, not in that of the loss dict.
@@ -273,7 +287,7 @@ MISWIRINGS = {
             arrange=lambda outputs: {"größe": outputs["easy"], "hard": outputs["hard"]},
             names=["größe", "hard"], loss={"größe": "mse", "hard": "mae"}, when=TENSORFLOW),
         row("hidden_weights", "`Altered.metrics`", "*super().metrics",
-            own={"metrics": property(lambda _: [])}),
+            own={"metrics": property(lambda _: [])}, when=JAX),
         row("taken_attribute", "`model.loss_weighting`", "'mine'", own={"loss_weighting": "mine"}),
         row("compound_loss_of_another", "pass the callback that has it",
             run=lambda: fit(compiled(ComputeLoss(new()), None, None), new())),
@@ -304,6 +318,9 @@ MISWIRINGS = {
             own={"compute_loss": unweighted}),
         row("uncalled_compound_loss", "nor called", COMPOUND,
             own={"compute_loss": unweighted}, **BY_CALL),
+        # As after a `train_step` that leaves out Keras's metric of the total.
+        row("total_loss_that_no_step_updates", "its parts were {'easy'", "update_state(", **BY_CALL,
+            own={"get_metrics_result": lambda self: {**results(self), "loss": 0.0}}),
         row("step_to_read_the_weights_within_fit", "closes an epoch", "weighting.loss_w", **BY_CALL,
             callbacks=lambda dwa: [Lambda(on_train_batch_end=lambda *_, **__: dwa.step()), dwa]),
         row("compound_loss_in_place_of_the_compiled_weights", "as well", "Use one way",
@@ -315,13 +332,11 @@ MISWIRINGS = {
         row("fit_within_an_epoch", "'loss_weights' has no", **WITHIN_EPOCH, when=JAX),
     ],
     ONE_EPOCH: [
+        row("ignored_weights_beside_a_number", "base weights", run=beside_a_number),
         row("log_that_another_callback_takes", "`logs` lacks ['easy_loss']", callbacks=lambda dwa: [
             Lambda(on_epoch_end=lambda epoch, logs: logs.pop("easy_loss")), dwa]),
         row("history_first", "`History`", "callbacks=[weighting, history]",
             callbacks=lambda dwa: [keras.callbacks.History(), dwa]),
-        # As after a `train_step` that leaves out Keras's metric of the total.
-        row("total_loss_that_no_step_updates", "its parts were {'easy'", "update_state(", **BY_CALL,
-            own={"get_metrics_result": lambda self: {**results(self), "loss": 0.0}}),
         row("fit_within_an_epoch", f"{NEW} was used by another `", **WITHIN_EPOCH, when=not JAX),
         row("fit_between_epochs", f"{NEW} was used by another `fit`", "step({", run=two_models,
             inner=lambda fit: Lambda(on_epoch_end=lambda epoch, logs: fit())),
