@@ -9,7 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 import keras
+import numpy as np
 
+from keras_dwa._compiled import fixed_part, has_own, is_compiled_with
 from keras_dwa._epoch_weights import EpochWeights
 from keras_dwa._logs import add_to_logs, check_base_loss, check_logs, check_terms, losses_of
 from keras_dwa._rule import Rule
@@ -20,9 +22,6 @@ from keras_dwa._wiring import (
     check_first_batches,
     check_model,
     check_one_fit,
-    fixed_part,
-    has_own,
-    is_compiled_with,
     is_tracked,
     lacks_weights,
     poisoned,
@@ -105,7 +104,7 @@ class LossWeighting(Rule):
     def __init__(self, outputs: Sequence[str] | Mapping[str, float], verbose: int = 0) -> None:
         super().__init__(outputs, verbose)
         self._is_new = self._is_start = False
-        self._looks_static = True
+        self._looks_static = np.array([True, True])
         self._looks_at_terms = False
         # All that were shown.
         self._models: list[weakref.ref[keras.Model]] = []
@@ -116,7 +115,7 @@ class LossWeighting(Rule):
     def reset(self) -> None:
         super().reset()
         self._is_new = False
-        self._looks_static = True
+        self._looks_static = np.array([True, True])
 
     def set_params(self, params: dict[str, Any]) -> None:
         if params is self.params is not None:

@@ -3,28 +3,17 @@
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
+from keras_dwa._compiled import is_compiled_with, lacks_compound_loss, losses_problems, own_step
 from keras_dwa._epoch_weights import Vector
-from keras_dwa._keras_internals import compiled_loss_weights, track
-from keras_dwa._loss_weights import LossWeight, LossWeights
-
-
-def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:
-    """Whether `model` was compiled with any of our weights."""
-    compiled = keras.tree.flatten(compiled_loss_weights(model))
-    return any(weight is own for weight in compiled for own in weights.entries.values())
-
-
-def has_own(model: keras.Model, *methods: str) -> bool:
-    """Whether the class of `model` overrides any of Keras's `methods`."""
-    return any(
-        getattr(type(model), method) is not getattr(keras.Model, method) for method in methods
-    )
+from keras_dwa._keras_internals import track
+from keras_dwa._loss_weights import LossWeights
 
 
 def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -> None:
@@ -36,8 +25,8 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
         in_fit: whether Keras trains it, so that a step of its own must have a compound loss.
     """
     problems = _distribution(weights)
-    if in_fit or not _lacks_compound_loss(model, weights):
-        problems += _losses(model, weights)
+    if in_fit or not lacks_compound_loss(model, weights):
+        problems += losses_problems(model, weights)
         if keras.backend.backend() == "jax" and _hides(model, weights):
             problems.append(
                 f"`{type(model).__name__}.metrics` hides the loss weights from the training step, "
@@ -52,86 +41,6 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
         problems = [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _lacks_compound_loss(model: keras.Model, weights: LossWeights) -> bool:
-    """Whether only a compound loss could bring the weights into the model's own step."""
-    has_step = has_own(model, "train_step", "compute_loss")
-    return model.loss is None and weights.record is None and has_step
-
-
-def _losses(model: keras.Model, weights: LossWeights) -> list[str]:
-    """What is wrong with the losses of `model`, if anything."""
-    loss, loss_weights = model.loss, compiled_loss_weights(model)
-    ours = weights.entries
-    if not is_compiled_with(model, weights):
-        if weights.record is not None:
-            return []  # They may enter through a compound loss.
-        if _lacks_compound_loss(model, weights):
-            return [_combine_call(model, weights)]
-        if loss is None:
-            names = getattr(model, "output_names", list(ours))
-            return [f"`model` was compiled without a loss. Write\n    {_compile_call(names)}"]
-        return [
-            "`model` was not compiled with this callback's loss weights: they would have no "
-            f"effect. Found `loss_weights={loss_weights}`. Write\n    {_compile_call(ours)}\n"
-            "Numbers of your own are base weights: outputs={name: number}"
-        ]
-    if isinstance(loss, (list, tuple)):
-        outputs = model.output if hasattr(model, "output_names") else None
-        if not isinstance(outputs, (list, tuple)) or not isinstance(loss_weights, (list, tuple)):
-            return [
-                "`model` was compiled with `loss` as a list. Keras pairs a list with a dict in "
-                "alphabetical order of the names; two lists go by the outputs of a functional "
-                "model that has a list of them. Else write dicts (a subclassed model must return "
-                f"one, too):\n    {_compile_call(getattr(model, 'output_names', ours))}"
-            ]
-    elif not isinstance(loss, dict):
-        names = getattr(model, "output_names", list(ours))
-        if max(len(names), len(ours)) == 1:
-            return []
-        return [
-            f"`model` was compiled with one loss, {loss!r}, for all its outputs. Compile with "
-            f"a dict:\n    {_compile_call(names)}"
-        ]
-    elif any(
-        isinstance(key, int) for path, _ in keras.tree.flatten_with_path(loss) for key in path
-    ):
-        return [
-            f"`model` was compiled with a list within `loss={loss}`. Write each loss by itself, "
-            "and nested outputs as dicts:\n"
-            "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
-        ]
-    losses, found = _by_path(model, loss), _by_path(model, loss_weights)
-    names = {path: _path_name(path) for path, value in losses.items() if value is not None}
-    fixed = _fixed(model, weights)
-    if set(names.values()) - set(fixed) != set(ours):
-        outputs = list(names.values())
-        return [
-            f"`model` was compiled with losses for {outputs}, but the callback has the outputs "
-            f"{list(ours)}. Make it with\n    outputs={outputs}\nand write\n"
-            f"    {_compile_call(outputs)}\nor give the others a number:\n"
-            "    loss_weights={**weighting.loss_weights, 'mask': 0.5}"
-        ]
-    # Keras pairs other structures by their order, which is not the same on every backend.
-    is_alike = isinstance(loss, dict) == isinstance(loss_weights, dict)
-    is_alike = is_alike and found.keys() == losses.keys()
-    if not is_alike or any(found[p] is not ours[n] for p, n in names.items() if n in ours):
-        return [
-            f"`loss_weights={loss_weights}` must have the structure of `loss`, and each loss its "
-            f"own weight. Compile with\n    loss_weights={_loss_weights_like(model, loss, fixed)}"
-        ]
-    return []
-
-
-def _fixed(model: keras.Model, weights: LossWeights) -> dict[str, Any]:
-    """Output name to weight, of the losses that `compile` got a weight of the user's own for."""
-    return {
-        name: weight
-        for path, weight in _by_path(model, compiled_loss_weights(model)).items()
-        if (name := _path_name(path)) not in weights.entries
-        and not isinstance(weight, LossWeight | None)
-    }
 
 
 def _distribution(weights: LossWeights) -> list[str]:
@@ -234,7 +143,7 @@ def check_first_batches(model: keras.Model, weights: LossWeights) -> None:
     if not is_compiled and recorded is None:
         raise ValueError(
             "`model` was neither compiled with the loss weights, nor called the compound loss. "
-            f"Call it in `{_own_step(model)}`, or write\n"
+            f"Call it in `{own_step(model)}`, or write\n"
             "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
         )
 
@@ -251,41 +160,34 @@ def _check_metrics(model: keras.Model, weights: LossWeights) -> None:
 
 
 def check_effect(
-    total: float, losses: Vector, weights: LossWeights, had: Vector, looks_static: bool
-) -> bool:
-    """Raises a ValueError if the loss is, as in every epoch so far, the sum under the base weights.
+    total: float, losses: Vector, weights: LossWeights, had: Vector, looks_static: NDArray[np.bool_]
+) -> NDArray[np.bool_]:
+    """Raises a ValueError if the loss is, as in every epoch so far, a sum under other weights.
 
     Args:
         total: the logged loss, without the outputs of a weight of their own.
         losses: its unweighted parts.
         weights: those of the weighting.
         had: the weights that all batches of the epoch had.
-        looks_static: whether the loss was that sum in every epoch before.
+        looks_static: whether it was the sum under the base weights in every epoch before, and
+            whether it was that under none.
 
     Returns:
         The `looks_static` of the next epoch.
     """
-    static = float(weights.base_weights @ losses)
-    if not math.isfinite(total + static):
+    static = np.array([weights.base_weights @ losses, losses.sum()])
+    if not np.isfinite([total, *static]).all():
         return looks_static
-    weighted = float(had @ losses)
-    looks_static = looks_static and math.isclose(total, static, rel_tol=1e-5)
-    if looks_static and not math.isclose(weighted, static, rel_tol=1e-3):
+    looks_static = looks_static & np.isclose(total, static, rtol=1e-5, atol=0.0)
+    ignored = looks_static & ~np.isclose(had @ losses, static, rtol=1e-3, atol=0.0)
+    if ignored.any():
         raise ValueError(
-            f"The weights do not reach the loss: it was {total}, the sum under the base weights, "
-            f"with the weights {weights.by_name(had)}. Return `super().compute_loss(...)` or a "
+            f"The weights do not reach the loss: it was {total}, the sum under "
+            f"{'the base weights' if ignored[0] else 'no weights'}, with the weights "
+            f"{weights.by_name(had)}. Return `super().compute_loss(...)` or a "
             "CompoundLoss from `compute_loss`; train on that in `train_step`."
         )
     return looks_static
-
-
-def fixed_part(model: keras.Model, logs: Mapping[str, float], weights: LossWeights) -> float:
-    """What outputs with a weight of the user's own add to the loss; NaN if it is no number."""
-    part = 0.0
-    for name, weight in _fixed(model, weights).items():
-        number = weight if isinstance(weight, (int, float)) else math.nan
-        part += number * logs.get(f"{name}_loss", math.nan)
-    return part
 
 
 def put_back(weights: LossWeights) -> list[str]:
@@ -354,59 +256,3 @@ def lacks_weights(model: keras.Model, params: Any, epoch: int) -> bool:
         and history.params is params
         and history.epoch == [epoch]
     )
-
-
-def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:
-    """What `structure` has for each output, by path; that of a list is the output's name."""
-    by_path = dict(keras.tree.flatten_with_path(structure))
-    if isinstance(structure, (list, tuple)):
-        return {(name,): by_path.get((k,)) for k, name in enumerate(model.output_names)}
-    return by_path
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    # As Keras names the losses in the logs.
-    return "/".join(map(str, path))
-
-
-def _compile_call(names: Iterable[str]) -> str:
-    losses = ", ".join(f"{name!r}: ..." for name in names)
-    return f"model.compile(..., loss={{{losses}}}, loss_weights=weighting.loss_weights)"
-
-
-def _own_step(model: keras.Model) -> str:
-    return "train_step" if has_own(model, "train_step") else "compute_loss"
-
-
-def _combine_call(model: keras.Model, weights: LossWeights) -> str:
-    """The code for the terms of a `compute_loss` or `train_step` of the user's own."""
-    step = _own_step(model)
-    if step == "train_step" and keras.backend.backend() == "jax":
-        step = "compute_loss`, which `train_step` calls by `self.stateless_compute_loss"
-    terms = ", ".join(f"{name!r}: ..." for name in weights.names)
-    return (
-        f"`{type(model).__name__}` has a step of its own and was compiled without a loss. Combine "
-        "its losses by a compound loss with this callback: in `__init__`,\n"
-        f"    self.compound = keras_dwa.CompoundLoss({list(weights.names)}, weighting)\n"
-        f"and in `{step}`\n    loss = self.compound.combine({{{terms}}})\n"
-        "If it has a compound loss, pass the callback that has it."
-    )
-
-
-def _loss_weights_like(
-    model: keras.Model, loss: Any, fixed: Mapping[str, Any], path: tuple[Any, ...] = ()
-) -> str:
-    """The code for `loss_weights` in the structure of `loss`."""
-    if isinstance(loss, dict):
-        items = (
-            f"{key!r}: {_loss_weights_like(model, loss[key], fixed, (*path, key))}" for key in loss
-        )
-        return f"{{{', '.join(items)}}}"
-    if isinstance(loss, (list, tuple)):
-        pairs = zip(model.output_names, loss, strict=False)
-        items = (_loss_weights_like(model, value, fixed, (name,)) for name, value in pairs)
-        return f"[{', '.join(items)}]"
-    name = _path_name(path)
-    if loss is None or name in fixed:
-        return repr(fixed.get(name))
-    return f"weighting.loss_weights[{name!r}]"

@@ -67,7 +67,11 @@ def wired(
 
     `arrange` makes the structure of the outputs and targets, `weights` that of the loss weights.
     """
-    dwa, model_class = new(*names), type("Altered", tuple(bases), dict(own))
+    names = names or ["easy", "hard"]
+    dwa, model_class = (
+        DynamicWeightAverage(names, temperature=0.2),
+        type("Altered", tuple(bases), dict(own)),
+    )
     if issubclass(model_class, TwoHeads):
         model = model_class(*[dwa] * issubclass(model_class, ComputeLoss))
     else:
@@ -332,6 +336,8 @@ MISWIRINGS = {
         row("fit_within_an_epoch", "'loss_weights' has no", **WITHIN_EPOCH, when=JAX),
     ],
     ONE_EPOCH: [
+        row("ignored_base_weights", "under no weights", bases=[Unweighted],
+            names={"easy": 2.0, "hard": 1.0}),
         row("ignored_weights_beside_a_number", "base weights", run=beside_a_number),
         row("log_that_another_callback_takes", "`logs` lacks ['easy_loss']", callbacks=lambda dwa: [
             Lambda(on_epoch_end=lambda epoch, logs: logs.pop("easy_loss")), dwa]),
