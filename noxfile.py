@@ -19,8 +19,8 @@ BACKENDS = {
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
-        *("assign", "compound_loss", "fit", "interrupted", "logs"),
-        *("rules", "saving", "scheduler", "state", "wiring"),
+        *("assign", "compound_loss", "config", "fit", "interrupted", "logs", "models"),
+        *("own_steps", "rules", "saving", "scheduler", "state", "wiring"),
     )
 ]
 MANUAL = ["README.md", "docs"]

@@ -1,16 +1,29 @@
 """The two epochs that DWA remembers: when they go on, when they start afresh, what they survive."""
 
+import contextlib
 import copy
 import functools
 import gc
 import pickle
 import tracemalloc
+import warnings
 from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, X, Y, check_run, dict_model, joined, one_backend, our_messages, train
+from common import (
+    BACKEND,
+    LOSSES,
+    X,
+    Y,
+    check_run,
+    dict_model,
+    joined,
+    one_backend,
+    our_messages,
+    train,
+)
 
 import keras_dwa
 from keras_dwa import DynamicWeightAverage, dwa_weights
@@ -206,3 +219,32 @@ def test_steps_keep_nothing_behind(dwa):
     finally:
         tracemalloc.stop()
     assert sizes[1] < sizes[0] + 1000
+
+
+@pytest.mark.parametrize("is_shown", [True, False])
+def test_step_that_does_not_reach_a_compiled_step_warns_once(dwa, is_shown):
+    model = compiled_model(dwa)
+    if is_shown:
+        dwa.set_model(model)
+    reaches = is_shown or BACKEND != "jax"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for easy in (1.0, 1.0, 3.0):
+            model.train_on_batch(X, Y)
+            weights = dwa.step({"easy": easy, "hard": 1.0})
+        model.reset_metrics()
+        logs = model.train_on_batch(X, Y, return_dict=True)
+    weighted = sum(weights[name] * logs[f"{name}_loss"] for name in weights)
+    assert np.isclose(logs["loss"], weighted, rtol=1e-5) == reaches
+    warned = [message for message in our_messages(caught) if "weighting.set_model" in message]
+    assert len(warned) == (not reaches)
+
+
+def test_step_within_a_fit_that_was_not_given_the_callback_is_warned_of_on_jax(dwa):
+    model = compiled_model(dwa)
+    step = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: dwa.step({name: logs[f"{name}_loss"] for name in Y})
+    )
+    warns = pytest.warns(UserWarning, match="pass the callback to `fit`")
+    with warns if BACKEND == "jax" else contextlib.nullcontext():
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=[step])
