@@ -72,26 +72,22 @@ def check_base_loss(logs: Logs) -> None:
         raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
 
 
-def check_terms(
-    logs: Logs, recorded: NDArray[np.float64] | None, batches: int, names: Sequence[str]
-) -> None:
+def check_terms(logs: Logs, recorded: NDArray[np.float64], names: Sequence[str]) -> None:
     """Raises a ValueError if the logs have other losses than a compound loss recorded.
 
     Args:
         logs: those of the epoch so far.
-        recorded: see `LossWeights.recorded`. Of another number of batches, it tells nothing.
-        batches: how many the epoch has had.
+        recorded: see `LossWeights.recorded`.
         names: those of the outputs.
     """
-    if recorded is None or recorded[1, -1] != batches or _missing_losses(logs, names):
-        return
-    for name, averages in zip(names, recorded.T.tolist(), strict=False):
-        value = logs[f"{name}_loss"]
+    *terms, (_, batches) = recorded.T.tolist()
+    for name, averages in zip(names, terms, strict=True):
+        value = logs.get(f"{name}_loss", averages[0])
         # Over samples, or over batches.
-        if not any(math.isclose(value, average, rel_tol=1e-2) for average in averages):
+        if not np.isclose(value, averages, rtol=1e-2, equal_nan=True).any():
             raise ValueError(
                 f"`logs` has {value} for `{name}_loss`, but the compound loss got a term of "
-                f"{averages[1]}, averaged over {batches} batches. Log that average, unweighted:\n"
+                f"{averages[1]} (average of {batches:.0f}). Log the average, unweighted:\n"
                 f"    keras.metrics.Mean(name='{name}_loss')"
             )
 

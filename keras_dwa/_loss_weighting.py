@@ -170,6 +170,7 @@ class LossWeighting(Rule):
         weights.state = replace(weights.state, epochs=epoch)
         weights.epoch = EpochWeights(weights.assigned)
         weights.reset_state()  # As Keras did, unless the model's `metrics` hides it.
+        weights.was_reset = False
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
@@ -189,8 +190,7 @@ class LossWeighting(Rule):
         epoch.end(batch)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
-        # Which may record, too.
-        self._check_terms(self._weights.epoch.batches)
+        self._check_terms()  # Validation may record, too.
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
         self._weights.epoch.validation = self._weights.assigned
@@ -210,7 +210,7 @@ class LossWeighting(Rule):
         self._check_first_batches()
         mean = weights.epoch.mean()
         check_logs(logs, weights.names, mean)
-        self._check_terms(weights.epoch.batches)
+        self._check_terms()
         losses = losses_of(logs, weights.names, mean)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
@@ -239,16 +239,22 @@ class LossWeighting(Rule):
             self._is_start = False
             check_first_batches(self.model, self._weights)
 
-    def _check_terms(self, batches: int) -> None:
-        """Checks what the first two steps of an epoch logged, where the model logs the losses."""
+    def _check_terms(self, batches: int | None = None) -> None:
+        """Checks what the first two steps of an epoch logged, where the model logs the losses.
+
+        Args:
+            batches: how many have ended; None if that may not be known yet.
+        """
         epoch, weights = self._weights.epoch, self._weights
         if not self._looks_at_terms:
             return
-        if epoch.has_begun and len(epoch.recorded) < 2 and batches not in epoch.recorded:
+        if len(epoch.recorded) < 2 and not weights.was_reset:
             self._sync()
-            epoch.recorded[batches] = weights.recorded()
+            recorded = weights.recorded()
+            if recorded is not None and batches in (None, recorded[1, -1]):
+                epoch.recorded[int(recorded[1, -1])] = recorded
         for ended in epoch.recorded.keys() & epoch.logged.keys():
-            check_terms(epoch.logged[ended], epoch.recorded[ended], ended, weights.names)
+            check_terms(epoch.logged[ended], epoch.recorded[ended], weights.names)
 
     def _print_weights(self, epoch: int) -> None:
         weights = self._weights.by_name(self._weights.assigned)

@@ -127,6 +127,7 @@ class LossWeights(keras.metrics.Metric):
         called: whether `add` was called since the last epoch was closed, be it in a trace.
         in_logs: whether the recorded averages are the model's logs.
         tracked: the outputs whose losses the model logs by metrics of its own.
+        was_reset: whether the record was reset since the epoch began.
         is_distributed: whether the variables were made under a `keras.distribution`.
     """
 
@@ -150,6 +151,7 @@ class LossWeights(keras.metrics.Metric):
         self.record: Any = None
         self.in_logs = False
         self.tracked: frozenset[str] = frozenset()
+        self.was_reset = False
         self.epoch = EpochWeights(self.base_weights)
         self.reset()
         self.epoch = EpochWeights(self.assigned)
@@ -220,6 +222,7 @@ class LossWeights(keras.metrics.Metric):
 
         Keras calls this at the start of each epoch and of each evaluation.
         """
+        self.was_reset = True
         if self.record is not None:
             self.record.assign(keras.ops.zeros(self.record.shape))
 

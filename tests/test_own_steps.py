@@ -178,6 +178,40 @@ def test_logs_of_other_values_than_the_unweighted_terms_are_refused(make_model, 
     assert len(ended) == epochs
 
 
+class Tracks(Terms):
+    """Updates a tracker in `compute_loss`, in the place of the log of that term."""
+
+    def __init__(self, weighting, scale=1.0, recorded=1.0):
+        super().__init__(weighting)
+        self.scale, self.recorded = scale, recorded
+        self.kl_loss_tracker = keras.metrics.Mean(name="kl_loss")
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        terms = self.terms(x, y_pred)
+        self.kl_loss_tracker.update_state(self.scale * terms["kl"])
+        return self.compound.combine({**terms, "kl": terms["kl"] * self.recorded})
+
+
+def test_tracker_that_compute_loss_updates_is_the_log_of_its_term(mode):
+    dwa = new()
+    evaluate = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: model.evaluate(X[:4], verbose=0)
+    )
+    model = Tracks(dwa)
+    history = fit(model, evaluate, dwa, mode=mode, batch_size=40, validation_split=0.2)
+    check_run(history, dwa)
+    assert set(history) > KEYS
+    with pytest.raises(ValueError, match="for `kl_loss`, but the compound loss got"):
+        fit(Tracks(dwa, scale=2.0), dwa, mode=mode, validation_split=0.2, batch_size=40)
+
+
+def test_term_that_is_nan_in_tracker_and_record_is_no_mismatch():
+    dwa = new()
+    with pytest.warns(UserWarning, match="not finite"):
+        fit(Tracks(dwa, scale=np.nan, recorded=np.nan), dwa, epochs=1)
+    assert dwa.factors == dict.fromkeys(NAMES, 1.0)
+
+
 class AllMetrics(Terms):
     """As in Keras's guides: every metric is updated, and logged, whatever it is."""
 
@@ -339,6 +373,20 @@ def test_train_step_on_jax_by_stateless_compute_loss(mode):
     history = fit(ByComputeLoss(dwa), dwa, mode=mode)
     check_run(history, dwa)
     assert set(history) == KEYS
+
+
+class LogsNoLoss(ByComputeLoss):
+    def log(self, loss):
+        logs = super().log(loss)
+        return {key: logs[key] for key in logs if key != "loss"}
+
+
+@only_on_jax
+def test_logs_without_loss_on_jax_lack_base_loss_alone():
+    dwa = new()
+    history = fit(LogsNoLoss(dwa), dwa)
+    assert set(history) == KEYS - {"loss", "base_loss"}
+    assert abs(history["kl_weight"][3] - 1) > 1e-3
 
 
 class Combines(ByComputeLoss):
