@@ -7,15 +7,27 @@ from typing import Any, Self
 import keras
 
 from keras_dwa._loss_weighting import LossWeighting
-from keras_dwa._loss_weights import LossWeight, LossWeights, widest_float
+from keras_dwa._loss_weights import LossWeight, widest_float
 
 
-class StatefulLoss(keras.metrics.Metric, keras.losses.Loss):
+class WeightedLoss(keras.metrics.Metric, keras.losses.Loss):
     """A loss with variables: a metric, too, since a model tracks those that are its attributes."""
 
-    def __init__(self, weights: LossWeights) -> None:
+    def __init__(self, weighting: LossWeighting) -> None:
         super().__init__(name="compound_loss")
-        self._weights = weights
+        self._weighting = weighting
+        self._weights = weighting._weights
+        self._weights.start_recording()
+
+    @property
+    def weighting(self) -> LossWeighting:
+        """The callback with the weights: for `fit(callbacks=[...])`."""
+        return self._weighting
+
+    @property
+    def loss_weights(self) -> dict[str, LossWeight]:
+        """The weights by output name: for `compile(loss_weights=...)`."""
+        return self._weighting.loss_weights
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: a step of one's own may call it on all metrics."""
@@ -30,7 +42,7 @@ class StatefulLoss(keras.metrics.Metric, keras.losses.Loss):
 
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
-class CompoundLoss(StatefulLoss):
+class CompoundLoss(WeightedLoss):
     """The weighted sum of several losses, under the weights of a `LossWeighting`.
 
     For what `compile(loss_weights=...)` cannot do: training loops of your own, and loss terms that
@@ -38,10 +50,9 @@ class CompoundLoss(StatefulLoss):
     boundary terms).
 
     Each call also records the unweighted losses. In a loop of your own, `weighting.step()` at the
-    end of an epoch moves the weights by what was recorded. Under `fit`, with a
-    `Model.compute_loss` that calls the compound loss, pass `weighting` as a callback: the losses
-    then appear in the logs as `<name>_loss`, and the callback does the rest. The same goes for a
-    `train_step` of your own, except on JAX, where that has to call `compute_loss`.
+    end of an epoch moves the weights by what was recorded. Under `fit`, call it in the model's
+    `compute_loss`, or in a `train_step` of your own (on JAX, by way of `compute_loss`), and pass
+    `weighting` as a callback. The losses appear in the logs as `<name>_loss`.
 
     Make it an attribute of the model, which then saves the weights and the state of their rule.
     Use it once in a step: each use counts as a batch of its own.
@@ -79,39 +90,21 @@ class CompoundLoss(StatefulLoss):
             weighting = keras.saving.deserialize_keras_object(weighting)
         if not isinstance(weighting, LossWeighting):
             raise ValueError(f"`weighting` must be a LossWeighting. Found {weighting!r}.")
-        outputs = list(weighting.outputs)
-        names = list(losses) if isinstance(losses, (Mapping, list, tuple)) else []
-        if sorted(names, key=str) != sorted(outputs):
-            raise ValueError(
-                f"`losses` must have the names of `weighting`, {outputs}. Found {losses!r}."
-            )
-        if longer := [f"{name}_loss" for name in outputs if name.endswith("_loss")]:
-            warnings.warn(f"The logs have {longer}: leave `_loss` out of the names.", stacklevel=2)
-        super().__init__(weighting._weights)
-        self._identifiers = dict(losses) if isinstance(losses, Mapping) else {}
-        self._losses = {name: _as_loss(loss) for name, loss in self._identifiers.items()}
-        self._weighting = weighting
-        self._weights.start_recording()
+        _check_names(losses, list(weighting.outputs))
+        identifiers = dict(losses) if isinstance(losses, Mapping) else {}
+        as_losses = {name: _as_loss(loss) for name, loss in identifiers.items()}
+        super().__init__(weighting)
+        self._identifiers, self._losses = identifiers, as_losses
 
     def __repr__(self) -> str:
         losses = self._identifiers or list(self._weighting.outputs)
         return f"CompoundLoss({losses}, {self._weighting!r})"
 
     @property
-    def weighting(self) -> LossWeighting:
-        """The callback with the weights: for `fit(callbacks=[...])`."""
-        return self._weighting
-
-    @property
     def losses(self) -> dict[str, Any]:
         """The losses by output name, as given: for `compile(loss=...)`."""
         self._check_has_losses()
         return dict(self._identifiers)
-
-    @property
-    def loss_weights(self) -> dict[str, LossWeight]:
-        """The weights by output name: for `compile(loss_weights=...)`."""
-        return self._weighting.loss_weights
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
         """The weighted sum of the outputs' losses; records the unweighted losses.
@@ -239,6 +232,20 @@ class CompoundLoss(StatefulLoss):
                 f"This compound loss has names only and can only `combine`. Found {self!r}. Give "
                 "each name its loss: CompoundLoss({name: loss, ...}, weighting)"
             )
+
+
+def _check_names(losses: Any, outputs: list[str]) -> None:
+    names = list(losses) if isinstance(losses, (Mapping, list, tuple)) else []
+    if sorted(names, key=str) != sorted(outputs):
+        raise ValueError(
+            f"`losses` must have the names of `weighting`, {outputs}. Found {losses!r}."
+        )
+    longer = [f"{name}_loss" for name in names if name.endswith("_loss")]
+    if longer and not isinstance(losses, Mapping):
+        warnings.warn(
+            f"The terms would be logged as {longer}. Leave `_loss` out of their names.",
+            stacklevel=3,
+        )
 
 
 def _check_outputs(argument: str, outputs: Any, names: list[str]) -> None:

@@ -1,7 +1,6 @@
 """Which weights the batches of an epoch had."""
 
 import threading
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,16 +17,11 @@ class EpochWeights:
     Attributes:
         weights: those of the batch under way.
         validation: those that the epoch's validation had; None where there was none.
-        logged: the logs of the first two steps, by the number of batches up to then.
-        recorded: what a compound loss had recorded after those steps, likewise; see
-            `LossWeights.recorded`.
     """
 
     def __init__(self, weights: Vector) -> None:
         self.weights = weights
         self.validation: Vector | None = None
-        self.logged: dict[int, Mapping[str, float]] = {}
-        self.recorded: dict[int, NDArray[np.float64]] = {}
         self._sum, self._since, self._begun = np.zeros_like(weights), 0, 0
         # By thread: where Keras has several call `on_train_batch_end`, each goes in order.
         self._ended: dict[int, int] = {}

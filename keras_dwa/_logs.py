@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._loss_weights import LossWeights
@@ -72,26 +71,6 @@ def check_base_loss(logs: Logs) -> None:
         raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
 
 
-def check_terms(logs: Logs, recorded: NDArray[np.float64], names: Sequence[str]) -> None:
-    """Raises a ValueError if the logs have other losses than a compound loss recorded.
-
-    Args:
-        logs: those of the epoch so far.
-        recorded: see `LossWeights.recorded`.
-        names: those of the outputs.
-    """
-    *terms, (_, batches) = recorded.T.tolist()
-    for name, averages in zip(names, terms, strict=True):
-        value = logs.get(f"{name}_loss", averages[0])
-        # Over samples, or over batches.
-        if not np.isclose(value, averages, rtol=1e-2, equal_nan=True).any():
-            raise ValueError(
-                f"`logs` has {value} for `{name}_loss`, but the compound loss got a term of "
-                f"{averages[1]} (average of {batches:.0f}). Log the average, unweighted:\n"
-                f"    keras.metrics.Mean(name='{name}_loss')"
-            )
-
-
 def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
     """Adds the weights that the epoch had, and the losses under the base weights.
 
@@ -127,3 +106,10 @@ def _base_loss(total: float, losses: Vector, weights: Vector, base_weights: Vect
     # As Python's floats, which know 0 * inf.
     pairs = zip((base_weights - weights).tolist(), losses.tolist(), strict=True)
     return total + float(sum(difference * loss for difference, loss in pairs))
+
+
+def print_weights(source: str, weights: LossWeights, epoch: int) -> None:
+    """Prints the weights in the manner of Keras's callbacks."""
+    by_name = weights.by_name(weights.assigned)
+    shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in by_name.items())
+    print(f"\nEpoch {epoch + 1}: {source} setting loss weights to {shown}.")

@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_dwa._arguments import check_factors
 from keras_dwa._epoch_weights import Vector
+from keras_dwa._logs import print_weights
 from keras_dwa._loss_weighting import LossWeighting
 from keras_dwa._wiring import check_no_fit
 
@@ -85,7 +86,7 @@ class LossWeightScheduler(LossWeighting):
         super().on_epoch_begin(epoch, logs)
         self._begin(epoch)
         if self.verbose > 0:
-            self._print_weights(epoch)
+            print_weights(type(self).__name__, self._weights, epoch)
 
     def assign(self, factors: Mapping[str, float]) -> None:
         super().assign(factors)

@@ -13,7 +13,8 @@ import numpy as np
 
 from keras_dwa._compiled import fixed_part, has_own, is_compiled_with
 from keras_dwa._epoch_weights import EpochWeights
-from keras_dwa._logs import add_to_logs, check_base_loss, check_logs, check_terms, losses_of
+from keras_dwa._first_steps import FirstSteps
+from keras_dwa._logs import add_to_logs, check_base_loss, check_logs, losses_of, print_weights
 from keras_dwa._rule import Rule
 from keras_dwa._wiring import (
     attach,
@@ -21,9 +22,10 @@ from keras_dwa._wiring import (
     check_effect,
     check_first_batches,
     check_model,
+    check_once,
     check_one_fit,
+    history_messages,
     is_tracked,
-    lacks_weights,
     poisoned,
     put_back,
     start_messages,
@@ -105,12 +107,7 @@ class LossWeighting(Rule):
         super().__init__(outputs, verbose)
         self._is_new = self._is_start = False
         self._looks_static = np.array([True, True])
-        self._looks_at_terms = False
-        # All that were shown.
-        self._models: list[weakref.ref[keras.Model]] = []
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_models": []}
+        self._first_steps = FirstSteps()
 
     def reset(self) -> None:
         super().reset()
@@ -118,11 +115,7 @@ class LossWeighting(Rule):
         self._looks_static = np.array([True, True])
 
     def set_params(self, params: dict[str, Any]) -> None:
-        if params is self.params is not None:
-            raise ValueError(
-                f"`callbacks` has {self!r} more than once. Write\n"
-                "    model.fit(..., callbacks=[weighting])"
-            )
+        check_once(params, self)
         super().set_params(params)
 
     def set_model(self, model: keras.Model) -> None:
@@ -130,7 +123,7 @@ class LossWeighting(Rule):
         check_model(model, weights, in_fit=False)
         # With a compound loss, the weights may enter through the model's own step instead.
         weights.in_logs = weights.record is not None and not is_compiled_with(model, weights)
-        former, is_known = self.model, any(known() is model for known in self._models)
+        former, is_known = self.model, self._knows(model)
         if is_known and model is former and is_tracked(model, weights):
             return
         attach(model, weights)
@@ -157,8 +150,6 @@ class LossWeighting(Rule):
         check_model(self.model, self._weights)
         self._thread = threading.get_ident()
         self._is_start = True
-        by_step = self._weights.in_logs and has_own(self.model, "train_step")
-        self._looks_at_terms = by_step or bool(self._weights.tracked)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         check_one_fit(self._thread, self)
@@ -169,6 +160,8 @@ class LossWeighting(Rule):
         self._is_new, weights.file = False, None
         weights.state = replace(weights.state, epochs=epoch)
         weights.epoch = EpochWeights(weights.assigned)
+        by_step = weights.in_logs and has_own(self.model, "train_step")
+        self._first_steps = FirstSteps(by_step or bool(weights.tracked))
         weights.reset_state()  # As Keras did, unless the model's `metrics` hides it.
         weights.was_reset = False
         self._warn()
@@ -185,8 +178,7 @@ class LossWeighting(Rule):
         if logs and not epoch.batches:
             check_logs(logs, weights.names, epoch.weights)
             check_base_loss(logs)
-        if logs and len(epoch.logged) < 2:
-            epoch.logged[batch + 1] = dict(logs)
+        self._first_steps.add_logs(batch + 1, logs or {})
         epoch.end(batch)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
@@ -221,12 +213,8 @@ class LossWeighting(Rule):
         of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
         self._close_epoch(epoch, {**logs, **of_outputs})
         if self.verbose > 0 and type(self).update is not Rule.update:
-            self._print_weights(epoch)
-        if lacks_weights(self.model, self.params, epoch):
-            self._messages.append(
-                "comes after `History` in the list of callbacks, which lacks what it logs. Write\n"
-                "    model.fit(..., callbacks=[weighting, history])"
-            )
+            print_weights(type(self).__name__, weights, epoch)
+        self._messages += history_messages(self.model, self.params, epoch)
         self._warn()
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
@@ -240,23 +228,7 @@ class LossWeighting(Rule):
             check_first_batches(self.model, self._weights)
 
     def _check_terms(self, batches: int | None = None) -> None:
-        """Checks what the first two steps of an epoch logged, where the model logs the losses.
-
-        Args:
-            batches: how many have ended; None if that may not be known yet.
-        """
-        epoch, weights = self._weights.epoch, self._weights
-        if not self._looks_at_terms:
-            return
-        if len(epoch.recorded) < 2 and not weights.was_reset:
+        if self._first_steps.lacks_record:
             self._sync()
-            recorded = weights.recorded()
-            if recorded is not None and batches in (None, recorded[1, -1]):
-                epoch.recorded[int(recorded[1, -1])] = recorded
-        for ended in epoch.recorded.keys() & epoch.logged.keys():
-            check_terms(epoch.logged[ended], epoch.recorded[ended], weights.names)
-
-    def _print_weights(self, epoch: int) -> None:
-        weights = self._weights.by_name(self._weights.assigned)
-        shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in weights.items())
-        print(f"\nEpoch {epoch + 1}: {type(self).__name__} setting loss weights to {shown}.")
+            self._first_steps.add_record(self._weights, batches)
+        self._first_steps.check(self._weights.names)

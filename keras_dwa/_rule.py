@@ -2,6 +2,7 @@
 
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -18,6 +19,15 @@ from keras_dwa._wiring import check_no_fit, put_back
 class BoundCallback(keras.callbacks.Callback):
     """A callback whose variables a model was compiled with: never copied, pickled without it."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        # The thread of the `fit` under way.
+        self._thread: int | None = None
+        # All models that were shown.
+        self._models: list[weakref.ref[keras.Model]] = []
+        # What to warn of once all is done, for a warning may be an error.
+        self._messages: list[str] = []
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
         return self
@@ -26,12 +36,25 @@ class BoundCallback(keras.callbacks.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         self._sync()
-        return {**self.__dict__, "_model": None, "_thread": None}
+        return {**self.__dict__, "_model": None, "_models": [], "_thread": None}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**keras.saving.deserialize_keras_object(config))
+
+    def _knows(self, model: keras.Model) -> bool:
+        return any(known() is model for known in self._models)
 
     def _sync(self) -> None:
         # On JAX, a model's variables have no value while an epoch runs; `Callback.model` puts them
         # back, and the next step takes them from there.
         self.model  # noqa: B018
+
+    def _warn(self) -> None:
+        messages, self._messages = self._messages, []
+        if messages:
+            name = type(self).__name__
+            warnings.warn("\n".join(f"{name} {message}" for message in messages), stacklevel=3)
 
 
 class Rule(BoundCallback):
@@ -46,10 +69,6 @@ class Rule(BoundCallback):
         self._assigned: dict[str, float] = {}
         # The memory while `update` runs, so that an error in it leaves the former one.
         self._draft: dict[str, Any] | None = None
-        # What to warn of once all is done, for a warning may be an error.
-        self._messages: list[str] = []
-        # The thread of the `fit` under way.
-        self._thread: int | None = None
 
     def __repr__(self) -> str:
         is_plain = set(self.base_weights.values()) == {1.0}
@@ -194,10 +213,6 @@ class Rule(BoundCallback):
         """
         return {"outputs": dict(self.base_weights), "verbose": self.verbose}
 
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> Self:
-        return cls(**keras.saving.deserialize_keras_object(config))
-
     def _close_epoch(self, epoch: int, logs: Mapping[str, float]) -> None:
         weights = self._weights
         self._messages += put_back(weights)
@@ -212,9 +227,3 @@ class Rule(BoundCallback):
             self._assigned = {}
         finally:
             self._draft = None
-
-    def _warn(self) -> None:
-        messages, self._messages = self._messages, []
-        if messages:
-            name = type(self).__name__
-            warnings.warn("\n".join(f"{name} {message}" for message in messages), stacklevel=3)

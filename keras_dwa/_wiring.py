@@ -100,6 +100,15 @@ def check_attached(model: keras.Model | None, weights: LossWeights, callback: An
         )
 
 
+def check_once(params: Any, callback: keras.callbacks.Callback) -> None:
+    """Raises a ValueError if the `fit` that has these `params` has the callback twice."""
+    if params is callback.params is not None:
+        raise ValueError(
+            f"`callbacks` has {callback!r} more than once. Write\n"
+            "    model.fit(..., callbacks=[weighting])"
+        )
+
+
 def check_no_fit(thread: int | None) -> None:
     """Raises a RuntimeError if a `fit` is under way, or was broken off."""
     if thread is not None:
@@ -248,11 +257,20 @@ def poisoned(total: float, losses: Vector, had: Vector, names: Sequence[str]) ->
     ]
 
 
-def lacks_weights(model: keras.Model, params: Any, epoch: int) -> bool:
-    """Whether `History` took the first epoch of the `fit` that has `params` before the weights."""
+def history_messages(model: keras.Model, params: Any, epoch: int) -> list[str]:
+    """What there is to warn of where `History` took the first epoch of a `fit` before the weights.
+
+    Args:
+        model: the model that is trained.
+        params: what the `fit` gave to its callbacks.
+        epoch: the epoch that ends, from 0.
+    """
     history = getattr(model, "history", None)
-    return (
-        isinstance(history, keras.callbacks.History)
-        and history.params is params
-        and history.epoch == [epoch]
-    )
+    if not isinstance(history, keras.callbacks.History) or history.params is not params:
+        return []
+    if history.epoch != [epoch]:
+        return []
+    return [
+        "comes after `History` in the list of callbacks, which lacks what it logs. Write\n"
+        "    model.fit(..., callbacks=[weighting, history])"
+    ]

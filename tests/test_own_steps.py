@@ -475,5 +475,5 @@ def test_first_error_says_to_combine_the_terms_and_all_else_that_is_wrong(method
 @one_backend
 def test_name_that_the_logs_would_have_twice_is_hinted_at():
     dwa = LossWeighting(["kl_loss", "size"])
-    with pytest.warns(UserWarning, match=r"\['kl_loss_loss'\]: leave `_loss` out"):
+    with pytest.warns(UserWarning, match=r"\['kl_loss_loss'\]. Leave `_loss` out"):
         CompoundLoss(["kl_loss", "size"], dwa)
