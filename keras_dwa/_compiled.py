@@ -75,13 +75,18 @@ def losses_problems(model: keras.Model, weights: LossWeights) -> list[str]:
     losses, found = _by_path(model, loss), _by_path(model, loss_weights)
     names = {path: _path_name(path) for path, value in losses.items() if value is not None}
     fixed = _fixed(model, weights)
-    if set(names.values()) - set(fixed) != set(ours):
-        outputs = list(names.values())
+    outputs = [name for name in names.values() if name not in fixed]
+    if set(outputs) != set(ours):
+        more = [name for name in outputs if name not in ours]
         return [
             f"`model` was compiled with losses for {outputs}, but the callback has the outputs "
             f"{list(ours)}. Make it with\n    outputs={outputs}\nand write\n"
-            f"    {_compile_call(outputs)}\nor give the others a number:\n"
-            "    loss_weights={**weighting.loss_weights, 'mask': 0.5}"
+            f"    {_compile_call(outputs)}\n"
+            + (
+                f"or give the others a number: {{**weighting.loss_weights, {more[0]!r}: 0.5}}"
+                if more
+                else "A term that is no output needs a compound loss for all of them."
+            )
         ]
     # Keras pairs other structures by their order, which is not the same on every backend.
     is_alike = isinstance(loss, dict) == isinstance(loss_weights, dict)

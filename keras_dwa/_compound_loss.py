@@ -40,6 +40,12 @@ class WeightedLoss(keras.metrics.Metric, keras.losses.Loss):
         """Forgets the losses, not the weights."""
         self._weights.reset_state()
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # As of the callback, whose weights it has.
+        return self
+
+    __copy__ = __deepcopy__
+
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
 class CompoundLoss(WeightedLoss):
@@ -180,7 +186,7 @@ class CompoundLoss(WeightedLoss):
         Raises:
             ValueError: as in a call, or if `variables` are not as many as `weighting.variables`.
         """
-        references = self._weighting.variables
+        references = self._weights.variables
         return _stateless(variables, references, lambda: self(y_true, y_pred, sample_weight))
 
     def stateless_combine(
@@ -199,8 +205,13 @@ class CompoundLoss(WeightedLoss):
         Raises:
             ValueError: as in `combine`, or if `variables` are not as many as `weighting.variables`.
         """
-        references = self._weighting.variables
+        references = self._weights.variables
         return _stateless(variables, references, lambda: self.combine(values, samples))
+
+    def __reduce__(self) -> Any:
+        # Keras would pickle what it saves, for which it makes a weighting of its own.
+        losses = dict(self._identifiers) or self._weighting.outputs
+        return type(self), (losses, self._weighting)
 
     def get_config(self) -> dict[str, Any]:
         losses = self._identifiers or list(self._weighting.outputs)
@@ -221,7 +232,9 @@ class CompoundLoss(WeightedLoss):
                 )
         dtype = widest_float(keras.config.floatx(), *(term.dtype for term in terms))
         stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
-        # Read first: where they have no value, they say why.
+        # Read first: where they have no value, they say why; where JAX freezes them, they note it.
+        if keras.backend.backend() == "jax":
+            state.entries[state.names[0]].value  # noqa: B018
         weights = keras.ops.cast(state.vector, dtype)
         state.add(stacked, samples)
         return keras.ops.sum(stacked * keras.ops.stop_gradient(weights))

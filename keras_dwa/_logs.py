@@ -44,9 +44,19 @@ def _keys(logs: Logs, names: Sequence[str], prefix: str) -> list[str]:
     return [f"{prefix}loss"] if len(keys) == 1 and keys[0] not in logs else keys
 
 
-def check_logs(logs: Logs, names: Sequence[str], had: Vector) -> None:
-    """Raises a ValueError unless the logs of training have all losses, and room for ours."""
-    if missing := _missing_losses(logs, names):
+def check_logs(logs: Logs, names: Sequence[str], had: Vector, may_lack: bool = False) -> None:
+    """Raises a ValueError unless the logs of training have all losses, and room for ours.
+
+    Args:
+        logs: those of an epoch, or of its first step.
+        names: those of the outputs.
+        had: the weights that the epoch had.
+        may_lack: whether it is right for losses to be missing.
+    """
+    missing = _missing_losses(logs, names)
+    if missing and may_lack:
+        return
+    if missing:
         raise ValueError(
             f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs so; return "
             "`self.compute_metrics(...)`, or averages named so, from `train_step`; in "
@@ -54,13 +64,14 @@ def check_logs(logs: Logs, names: Sequence[str], had: Vector) -> None:
             "without a loss."
         )
     if taken := [key for name in names if (key := f"{name}_weight") in logs]:
-        raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
+        raise ValueError(f"`logs` has {taken} already. Give that metric or loss another name.")
     losses = losses_of(logs, names, had)
     if logs.get("loss") == 0 < had @ losses:
         raise ValueError(
             f"`loss` was 0 in the logs, although its parts were "
-            f"{dict(zip(names, losses.tolist(), strict=True))}. Update "
-            "Keras's metric of it in a `train_step`:\n"
+            f"{dict(zip(names, losses.tolist(), strict=True))}: nothing updates the metric that "
+            "Keras logs. Leave `loss` out of your metrics and of what `train_step` returns, or "
+            "update Keras's:\n"
             "    next(m for m in self.metrics if m.name == 'loss').update_state(loss)"
         )
 
@@ -94,6 +105,11 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
         ]
     validation = had.weights if had.validation is None else had.validation
     losses = losses_of(logs, names, validation, "val_")
+    if math.isfinite(logs["val_loss"]) and not np.isfinite(losses).all():
+        return [
+            "adds no `val_base_loss`: nothing was recorded in validation. In `compute_loss`, or a "
+            "`test_step` of your own, `combine` the terms in validation, too."
+        ]
     total = logs.get("val_base_loss", logs["val_loss"])
     logs["val_base_loss"] = _base_loss(total, losses, validation, weights.base_weights)
     return []
@@ -103,6 +119,12 @@ def _base_loss(total: float, losses: Vector, weights: Vector, base_weights: Vect
     """What `total`, a sum under `weights` and more, would be under the base weights."""
     if not math.isfinite(total):
         return total
+    # A `test_step` of the user's own may sum the losses under the base weights, or under none.
+    base_loss = float(base_weights @ losses)
+    if math.isclose(total, base_loss, rel_tol=1e-5):
+        return total
+    if math.isclose(total, float(losses.sum()), rel_tol=1e-5):
+        return base_loss
     # As Python's floats, which know 0 * inf.
     pairs = zip((base_weights - weights).tolist(), losses.tolist(), strict=True)
     return total + float(sum(difference * loss for difference, loss in pairs))

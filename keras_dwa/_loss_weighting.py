@@ -13,8 +13,8 @@ import numpy as np
 
 from keras_dwa._compiled import fixed_part, has_own, is_compiled_with
 from keras_dwa._epoch_weights import EpochWeights
-from keras_dwa._first_steps import FirstSteps
 from keras_dwa._logs import add_to_logs, check_base_loss, check_logs, losses_of, print_weights
+from keras_dwa._own_steps import OwnSteps
 from keras_dwa._rule import Rule
 from keras_dwa._wiring import (
     attach,
@@ -107,7 +107,7 @@ class LossWeighting(Rule):
         super().__init__(outputs, verbose)
         self._is_new = self._is_start = False
         self._looks_static = np.array([True, True])
-        self._first_steps = FirstSteps()
+        self._own_steps = OwnSteps(self._weights)
 
     def reset(self) -> None:
         super().reset()
@@ -161,13 +161,14 @@ class LossWeighting(Rule):
         weights.state = replace(weights.state, epochs=epoch)
         weights.epoch = EpochWeights(weights.assigned)
         by_step = weights.in_logs and has_own(self.model, "train_step")
-        self._first_steps = FirstSteps(by_step or bool(weights.tracked))
+        self._own_steps = OwnSteps(weights, by_step or bool(weights.tracked))
         weights.reset_state()  # As Keras did, unless the model's `metrics` hides it.
         weights.was_reset = False
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        self._check_first_batches()
+        if self._weights.epoch.batches:
+            self._check_first_batches()
         self._check_terms(batch)
         self._weights.epoch.begin(batch)
 
@@ -176,13 +177,15 @@ class LossWeighting(Rule):
         weights = self._weights
         epoch = weights.epoch
         if logs and not epoch.batches:
-            check_logs(logs, weights.names, epoch.weights)
             check_base_loss(logs)
-        self._first_steps.add_logs(batch + 1, logs or {})
+            check_logs(logs, weights.names, epoch.weights, self._own_steps.expected)
+        self._own_steps.add_logs(batch + 1, logs or {})
         epoch.end(batch)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
-        self._check_terms()  # Validation may record, too.
+        # Before validation records, too.
+        self._check_first_batches()
+        self._check_terms()
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
         self._weights.epoch.validation = self._weights.assigned
@@ -201,8 +204,9 @@ class LossWeighting(Rule):
             return self._warn()
         self._check_first_batches()
         mean = weights.epoch.mean()
-        check_logs(logs, weights.names, mean)
         self._check_terms()
+        logs.update(self._own_steps.missing(logs, weights.epoch.batches))
+        check_logs(logs, weights.names, mean)
         losses = losses_of(logs, weights.names, mean)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
@@ -223,12 +227,12 @@ class LossWeighting(Rule):
 
     def _check_first_batches(self) -> None:
         # Once a batch is done, since TensorFlow builds the losses in it.
-        if self._is_start and self._weights.epoch.batches:
+        if self._is_start:
             self._is_start = False
             check_first_batches(self.model, self._weights)
 
     def _check_terms(self, batches: int | None = None) -> None:
-        if self._first_steps.lacks_record:
+        if self._own_steps.lacks_record(batches):
             self._sync()
-            self._first_steps.add_record(self._weights, batches)
-        self._first_steps.check(self._weights.names)
+            self._own_steps.add_record(batches)
+        self._own_steps.check()

@@ -36,9 +36,8 @@ class LossWeight(keras.Variable):
     def value(self) -> Any:
         vector = self._vector.value
         entry = vector[self._index]
-        if keras.backend.backend() == "jax" and type(entry) is not type(vector):
-            # A tracer, which is computed from a value that is a constant of the trace.
-            self._vector.is_frozen = True
+        if is_traced(entry):
+            self._vector.is_frozen = not is_traced(vector)
         return entry
 
     def assign(self, value: Any) -> NoReturn:
@@ -66,8 +65,7 @@ class LossWeightVector(keras.Variable):
     """All loss weights: a variable of shape `(K,)` that says where it has no value.
 
     Attributes:
-        is_frozen: whether JAX traced a computation with the present values as constants. Keras
-            does, too, before it builds the step of a model that tracks the weights.
+        is_frozen: whether the step that JAX compiled last has the values of then as constants.
     """
 
     is_frozen = False
@@ -125,9 +123,11 @@ class LossWeights(keras.metrics.Metric):
             batch's samples, and the samples; then the sums of the losses alone, and the batches. A
             variable of shape `(2K + 2,)`, float32 or wider. None until `start_recording`.
         called: whether `add` was called since the last epoch was closed, be it in a trace.
-        in_logs: whether the recorded averages are the model's logs.
+        in_logs: whether the recorded averages are the model's logs. None, for where something is
+            recorded, until a model is shown.
         tracked: the outputs whose losses the model logs by metrics of its own.
         was_reset: whether the record was reset since the epoch began.
+        was_added: whether `add` was called since the record was reset, be it in a trace.
         is_distributed: whether the variables were made under a `keras.distribution`.
     """
 
@@ -149,9 +149,9 @@ class LossWeights(keras.metrics.Metric):
         )
         self.is_distributed = keras.distribution.distribution() is not None
         self.record: Any = None
-        self.in_logs = False
+        self.in_logs: bool | None = None
         self.tracked: frozenset[str] = frozenset()
-        self.was_reset = False
+        self.was_reset = self.was_added = False
         self.epoch = EpochWeights(self.base_weights)
         self.reset()
         self.epoch = EpochWeights(self.assigned)
@@ -207,7 +207,7 @@ class LossWeights(keras.metrics.Metric):
 
     def add(self, losses: Any, samples: Any) -> None:
         """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
-        self.called = self.in_logs = True
+        self.called = self.was_added = True
         one = keras.ops.ones((1,))
         values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
         row = keras.ops.concatenate([values, one])
@@ -222,13 +222,13 @@ class LossWeights(keras.metrics.Metric):
 
         Keras calls this at the start of each epoch and of each evaluation.
         """
-        self.was_reset = True
+        self.was_reset, self.was_added = True, False
         if self.record is not None:
             self.record.assign(keras.ops.zeros(self.record.shape))
 
     def result(self) -> dict[str, Any]:
         """The recorded averages as `<name>_loss`, where they are the model's logs."""
-        if not self.in_logs:
+        if not (self.was_added if self.in_logs is None else self.in_logs):
             return {}
         record, size = keras.ops.convert_to_tensor(self.record), len(self.names)
         averages = record[:size] / record[size]
@@ -310,6 +310,15 @@ def to_numpy(tensor: Any) -> NDArray[Any]:
         tensor = keras.ops.cast(tensor, "float32")
     array: NDArray[Any] = keras.ops.convert_to_numpy(tensor)
     return array
+
+
+def is_traced(tensor: Any) -> bool:
+    """Whether `tensor` stands for one of a computation that JAX compiles."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return isinstance(tensor, jax.core.Tracer)
 
 
 def as_float(value: Any) -> float | None:

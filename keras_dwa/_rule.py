@@ -19,6 +19,8 @@ from keras_dwa._wiring import check_no_fit, put_back
 class BoundCallback(keras.callbacks.Callback):
     """A callback whose variables a model was compiled with: never copied, pickled without it."""
 
+    _weights: LossWeights
+
     def __init__(self) -> None:
         super().__init__()
         # The thread of the `fit` under way.
@@ -46,9 +48,12 @@ class BoundCallback(keras.callbacks.Callback):
         return any(known() is model for known in self._models)
 
     def _sync(self) -> None:
-        # On JAX, a model's variables have no value while an epoch runs; `Callback.model` puts them
-        # back, and the next step takes them from there.
-        self.model  # noqa: B018
+        # On JAX, a model's variables have no value while an epoch runs, other than within its step;
+        # `Callback.model` puts them back, and the next step takes them from there.
+        try:
+            self._weights.vector.value  # noqa: B018
+        except RuntimeError:
+            self.model  # noqa: B018
 
     def _warn(self) -> None:
         messages, self._messages = self._messages, []
@@ -187,7 +192,7 @@ class Rule(BoundCallback):
                     "before `train_on_batch`, call `weighting.set_model(model)`."
                 )
         if losses is not None:
-            if weights.vector.is_frozen and self.model is None:
+            if weights.vector.is_frozen:
                 weights.vector.is_frozen = False
                 self._messages.append(
                     "moves weights that JAX compiled into a step as constants. Before the model's "

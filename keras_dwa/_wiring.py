@@ -27,11 +27,9 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
     problems = _distribution(weights)
     if in_fit or not lacks_compound_loss(model, weights):
         problems += losses_problems(model, weights)
-        if keras.backend.backend() == "jax" and _hides(model, weights):
-            problems.append(
-                f"`{type(model).__name__}.metrics` hides the loss weights from the training step, "
-                "in which JAX would freeze them. Return `[*super().metrics, ...]` from it."
-            )
+        # Whether weights that are not attached yet would be hidden, is a guess.
+        if (problems or is_tracked(model, weights)) and _hides(model, weights):
+            problems.append(_hidden(model))
     if not isinstance(former := getattr(model, weights.name, None), LossWeights | None):
         problems.append(
             f"`model.{weights.name}` is taken: the loss weights are kept there. Found {former!r}. "
@@ -60,7 +58,17 @@ def is_tracked(model: keras.Model, weights: LossWeights) -> bool:
     return tracked.issuperset(map(id, weights.variables))
 
 
+def _hidden(model: keras.Model) -> str:
+    return (
+        f"`{type(model).__name__}.metrics` hides the loss weights from the training step, in "
+        "which JAX would freeze them. Return `[*super().metrics, ...]` from it."
+    )
+
+
 def _hides(model: keras.Model, weights: LossWeights) -> bool:
+    """Whether `model.metrics` keeps the weights from a step on JAX."""
+    if keras.backend.backend() != "jax":
+        return False
     visible = {id(variable) for variable in model.metrics_variables}
     if is_tracked(model, weights):
         return not visible.issuperset(map(id, weights.variables))
@@ -78,10 +86,14 @@ def attach(model: keras.Model, weights: LossWeights) -> None:
     if not is_tracked(model, weights):
         track(model, weights)
     if weights.in_logs:
-        metrics = {metric.name for metric in model.metrics}
+        # A compound loss is one, too.
+        theirs = [metric for metric in model.metrics if not isinstance(metric, keras.losses.Loss)]
+        metrics = {metric.name for metric in theirs}
         weights.tracked = frozenset(name for name in weights.names if f"{name}_loss" in metrics)
         # As `compile` does: a step that TensorFlow traced before does not return our logs.
         model.train_function = model.test_function = None
+    if not lacks_compound_loss(model, weights) and _hides(model, weights):
+        raise ValueError(_hidden(model))
 
 
 def check_attached(model: keras.Model | None, weights: LossWeights, callback: Any) -> None:
@@ -137,6 +149,8 @@ def check_first_batches(model: keras.Model, weights: LossWeights) -> None:
     is_compiled, recorded = is_compiled_with(model, weights), weights.recorded()
     if is_compiled:
         _check_metrics(model, weights)
+    if weights.was_reset:
+        return  # By an evaluation after the steps, of which nothing is recorded any more.
     if is_compiled and recorded is not None:
         raise ValueError(
             "The compound loss was called in training, and the model compiled with its weights as "

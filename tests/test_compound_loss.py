@@ -1,5 +1,7 @@
 """The compound loss: custom loops, terms that are not outputs, and `compute_loss` under `fit`."""
 
+import copy
+import pickle
 import re
 
 import keras
@@ -24,6 +26,10 @@ from loops import train_loop, value_and_gradient
 from keras_dwa import CompoundLoss, DynamicWeightAverage, dwa_weights
 
 NAMES = list(LOSSES)
+
+
+def masked_mae(y_true, y_pred):
+    return keras.losses.mean_absolute_error(y_true, y_pred)
 
 
 def new_dwa():
@@ -346,8 +352,16 @@ def test_compile_compute_loss_and_custom_loops_give_the_same_weights():
         np.testing.assert_allclose(by_loop, expected, rtol=1e-5)
 
 
-def test_losses_declared_once_serve_compile_and_a_call_between(dwa, compound):
+@pytest.mark.parametrize("is_attribute", [True, False])
+def test_losses_declared_once_serve_compile_and_a_call_between(dwa, compound, is_attribute):
     model = dict_model()
+    if is_attribute:
+        model.compound = compound
+    compiled(model, loss=compound.losses, loss_weights=dwa.loss_weights)
+    compound(Y, Y)
+    logs = model.evaluate(X, Y, batch_size=SAMPLES, verbose=0, return_dict=True)
+    weighted = 3 * logs["easy_loss"] + 0.5 * logs["hard_loss"]
+    np.testing.assert_allclose(logs["loss"], weighted, rtol=1e-5)
     histories = []
     for _ in range(2):
         histories.append(train(model, dwa, loss=compound.losses, epochs=2, validation_split=0.2))
@@ -418,6 +432,16 @@ def test_misuse_says_what_was_found_and_records_nothing(dwa, compound, use, mess
             use(compound)
         assert dwa._weights.recorded().tolist() == [[1.0, 2.0, 1.0]] * 2
         dwa.step()
+
+
+def test_copy_is_the_original_and_a_pickle_keeps_its_weighting():
+    weighting = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+    compound = CompoundLoss({"easy": masked_mae, "hard": "mse"}, weighting)
+    assert copy.copy(compound) is copy.deepcopy(compound) is compound
+    for each in (compound, CompoundLoss(["easy", "hard"], weighting)):
+        other, again = pickle.loads(pickle.dumps((weighting, each)))
+        assert again.weighting is other
+        assert repr(again) == repr(each)
 
 
 @one_backend

@@ -142,6 +142,48 @@ def test_own_step_trains_on_the_weights_that_are_logged():
         np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+class LogsTheTotal(VAE):
+    """Shows no terms."""
+
+    def train_step(self, x):
+        return {"loss": super().train_step(x)["loss"]}
+
+
+@not_on_jax
+def test_terms_that_the_step_does_not_log_are_added(mode):
+    dwa = new()
+    history = fit(LogsTheTotal(dwa, samples=1), dwa, mode=mode)
+    check_run(history, dwa)
+    assert set(history) == KEYS
+
+
+class KnowsSizes(VAE):
+    """Tracks by the samples of a batch, of which `combine` is not told."""
+
+    def __init__(self, weighting):
+        super().__init__(weighting, samples=1)
+        self.sums = {name: keras.metrics.Mean() for name in NAMES}
+
+    @property
+    def metrics(self):
+        return [*super().metrics, *self.sums.values()]
+
+    def train_step(self, x):
+        self.reconstruction_loss_tracker.reset_state()
+        self.kl_loss_tracker.reset_state()
+        logs = super().train_step(x)
+        for name, sums in self.sums.items():
+            sums.update_state(logs[f"{name}_loss"], sample_weight=ops.shape(x)[0])
+        return {**logs, **{f"{name}_loss": sums.result() for name, sums in self.sums.items()}}
+
+
+@not_on_jax
+def test_averages_over_samples_are_no_mismatch_where_combine_knows_of_none():
+    dwa = new()
+    fit(KnowsSizes(dwa), dwa, batch_size=32)  # 32 and 8.
+    assert dwa.factors["kl"] != 1.0
+
+
 class Weighted(VAE):
     """Logs the weighted term."""
 
@@ -241,16 +283,13 @@ def test_step_that_updates_all_metrics(mode):
 class GAN(keras.Model):
     """Two losses of several terms each, each with its variables, optimizer and weighting."""
 
-    def __init__(self, generator_weighting, discriminator_weighting):
+    def __init__(self, generator_weighting, discriminator_weighting, tracked):
         super().__init__()
         self.generator, self.discriminator = keras.layers.Dense(4), keras.layers.Dense(1)
         self.discriminator_optimizer = keras.optimizers.SGD(0.02)
         self.of_generator = CompoundLoss(["fool", "identity"], generator_weighting)
         self.of_discriminator = CompoundLoss(["real", "fake"], discriminator_weighting)
-        self.trackers = {
-            name: keras.metrics.Mean(name=f"{name}_loss")
-            for name in ("fool", "identity", "real", "fake")
-        }
+        self.trackers = {name: keras.metrics.Mean(name=f"{name}_loss") for name in tracked}
 
     def build(self, shape):
         self.generator.build(shape)
@@ -277,16 +316,18 @@ class GAN(keras.Model):
         _, terms = descend(self, variables, generator_loss)
         variables = self.discriminator.trainable_weights
         _, others = descend(self, variables, discriminator_loss, self.discriminator_optimizer)
-        for name, term in {**terms, **others}.items():
-            self.trackers[name].update_state(term)
-        return {f"{name}_loss": tracker.result() for name, tracker in self.trackers.items()}
+        for name, tracker in self.trackers.items():
+            tracker.update_state({**terms, **others}[name])
+        logs = {f"{name}_loss": tracker.result() for name, tracker in self.trackers.items()}
+        return {**logs, "of_all": sum(terms.values()) + sum(others.values())}
 
 
 @not_on_jax
-def test_each_of_several_losses_has_a_weighting(mode, tmp_path):
+@pytest.mark.parametrize("tracked", [("fool", "identity", "real", "fake"), ("fake",), ()])
+def test_each_of_several_losses_has_a_weighting(mode, tmp_path, tracked):
     generator = DynamicWeightAverage(["fool", "identity"], temperature=0.2)
     discriminator = DynamicWeightAverage(["real", "fake"], temperature=0.2)
-    model = GAN(generator, discriminator)
+    model = GAN(generator, discriminator, tracked)
     history = fit(model, generator, discriminator, mode=mode)
     assert not {"loss", "base_loss"} & set(history)
     for dwa in (generator, discriminator):
@@ -302,6 +343,58 @@ def test_each_of_several_losses_has_a_weighting(mode, tmp_path):
     model.load_weights(tmp_path / "gan.weights.h5")
     for dwa, state in zip((generator, discriminator), states, strict=True):
         assert (dwa.factors, dwa.state["losses"].tolist()) == state
+
+
+class CombinesInTraining(Terms):
+    """Combines its terms in training alone, and reads the weights in the step."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        terms = self.terms(x, y_pred)
+        if not training:
+            return sum(terms.values())
+        nothing = 0.0 * self.compound.loss_weights["kl"]
+        return self.compound.combine(terms, ops.shape(x)[0]) + nothing
+
+
+@pytest.mark.parametrize("batch_size", [40, 30])
+def test_validation_that_does_not_combine_costs_its_base_loss_alone(mode, batch_size):
+    dwa = new()
+    fit_arguments = {"batch_size": batch_size, "validation_data": (X,)}
+    with pytest.warns(UserWarning, match="adds no `val_base_loss`: .* `combine`"):
+        history = fit(CombinesInTraining(dwa), dwa, mode=mode, **fit_arguments)
+    assert "val_base_loss" not in history
+    weights = np.array([history[f"{name}_weight"] for name in NAMES]).T
+    np.testing.assert_allclose(weights, expected_weights(history, dwa, 0.2), rtol=1e-5)
+
+
+class Validates(VAE):
+    """Sums its terms in validation as before, under numbers."""
+
+    def __init__(self, weighting, scales):
+        super().__init__(weighting)
+        self.scales = scales
+
+    def test_step(self, x):
+        terms = self.terms(x, self(x))
+        self.total_loss_tracker.update_state(sum(self.scales[n] * terms[n] for n in NAMES))
+        self.reconstruction_loss_tracker.update_state(terms["reconstruction"])
+        self.kl_loss_tracker.update_state(terms["kl"])
+        logs = {metric.name: metric.result() for metric in self.metrics}
+        return {"loss": logs.pop("total_loss"), **logs}
+
+
+@not_on_jax
+@pytest.mark.parametrize("kl", [1.0, 4.0])
+@pytest.mark.parametrize("kl_in_validation", [1.0, 4.0])
+def test_validation_under_no_weights_or_base_weights_has_the_right_base_loss(kl, kl_in_validation):
+    if kl_in_validation > kl:
+        pytest.skip("neither")
+    dwa = DynamicWeightAverage({"reconstruction": 1.0, "kl": kl}, temperature=0.2)
+    model = Validates(dwa, {"reconstruction": 1.0, "kl": kl_in_validation})
+    history = fit(model, dwa, validation_data=(X,))
+    assert abs(history["kl_weight"][3] / kl - 1) > 1e-3
+    base = np.array(history["val_reconstruction_loss"]) + kl * np.array(history["val_kl_loss"])
+    np.testing.assert_allclose(history["val_base_loss"], base, rtol=1e-5)
 
 
 class Sum(Terms):
@@ -409,11 +502,6 @@ class DropsTheRecord(ByComputeLoss):
         return loss, (non_trainable, metrics_variables)
 
 
-class LogsTheLossAlone(ByComputeLoss):
-    def log(self, loss):
-        return {"loss": loss}
-
-
 class LeavesLossAtZero(ByComputeLoss):
     def log(self, loss):
         return self.get_metrics_result()
@@ -432,7 +520,6 @@ class Hidden(ByComputeLoss):
         (Combines, "in a `train_step` by `self.stateless_compute_loss`"),
         (CallsComputeLoss, "in a `train_step` by `self.stateless_compute_loss`"),
         (DropsTheRecord, "`metrics_variables` that `self.stateless_compute_loss` gives"),
-        (LogsTheLossAlone, r"`logs` lacks \['reconstruction_loss', 'kl_loss'\].*train_step"),
         (LeavesLossAtZero, "`loss` was 0 in the logs"),
         (Hidden, r"`Hidden.metrics` hides.*\[\*super\(\).metrics, ...\]"),
     ],

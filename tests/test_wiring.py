@@ -327,8 +327,8 @@ MISWIRINGS = {
             own={"get_metrics_result": lambda self: {**results(self), "loss": 0.0}}),
         row("step_to_read_the_weights_within_fit", "closes an epoch", "weighting.loss_w", **BY_CALL,
             callbacks=lambda dwa: [Lambda(on_train_batch_end=lambda *_, **__: dwa.step()), dwa]),
-        row("compound_loss_in_place_of_the_compiled_weights", "as well", "Use one way",
-            bases=[ComputeLoss]),
+        row("compound_loss_in_place_of_the_compiled_weights", "It has ['loss']",
+            "a CompoundLoss and `compile` without a loss", bases=[ComputeLoss]),
         row("compound_loss_and_weights", "as well", "Use one way",
             bases=[ComputeLoss], own={"compute_loss": twice}),
         row("losses_without_the_weights", COMPOUND,
@@ -385,6 +385,20 @@ def test_names_are_told_apart():
     targets = {name: X[:, :1] * k for k, name in enumerate(names)}
     dwa, losses = new(*names), dict.fromkeys(names, "mse")
     check_run(train(model, dwa, y=targets, loss=losses, validation_split=0.2), dwa)
+
+
+def test_metrics_property_may_leave_out_other_metrics():
+    class LeavesOut(TwoHeads):
+        def __init__(self):
+            super().__init__()
+            self.more = keras.metrics.Mean(name="more")
+
+        @property
+        def metrics(self):
+            return [metric for metric in super().metrics if metric.name != "more"]
+
+    model, dwa = LeavesOut(), new()
+    check_run(fit(compiled(model, dwa.loss_weights), dwa, epochs=3), dwa)
 
 
 def test_metric_of_an_output_leaves_its_loss_alone():
