@@ -105,7 +105,7 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
         ]
     validation = had.weights if had.validation is None else had.validation
     losses = losses_of(logs, names, validation, "val_")
-    if math.isfinite(logs["val_loss"]) and not np.isfinite(losses).all():
+    if weights.in_logs and math.isfinite(logs["val_loss"]) and not np.isfinite(losses).all():
         return [
             "adds no `val_base_loss`: nothing was recorded in validation. In `compute_loss`, or a "
             "`test_step` of your own, `combine` the terms in validation, too."

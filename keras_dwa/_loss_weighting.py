@@ -2,7 +2,6 @@
 
 import math
 import threading
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +16,7 @@ from keras_dwa._logs import add_to_logs, check_base_loss, check_logs, losses_of,
 from keras_dwa._own_steps import OwnSteps
 from keras_dwa._rule import Rule
 from keras_dwa._wiring import (
+    RETURN_MESSAGE,
     attach,
     check_attached,
     check_effect,
@@ -26,6 +26,7 @@ from keras_dwa._wiring import (
     check_one_fit,
     history_messages,
     is_tracked,
+    no_batch_message,
     poisoned,
     put_back,
     start_messages,
@@ -71,9 +72,10 @@ class LossWeighting(Rule):
 
     Raises:
         ValueError: if a name or a base weight is not as described; from `fit`, before the first
-            step if the model was not compiled with these weights, after the first if its logs lack
-            `<name>_loss`, and at the end of the first epoch whose weights clearly differ from the
-            base weights if the loss is still the sum under those.
+            step if the model was not compiled with these weights, after the first two if its logs
+            lack `<name>_loss` or have other values than its compound loss got, and at the end of
+            the first epoch whose weights clearly differ from the base weights if the loss is still
+            the sum under those, or under none.
         RuntimeError: from `fit`, if the callback is in another one at the same time, or was shown
             no model.
 
@@ -138,12 +140,8 @@ class LossWeighting(Rule):
         # Late, so that the next call does it all again if Ctrl-C comes before.
         super().set_model(model)
         if is_known and model is not former:
-            warnings.warn(
-                f"{type(self).__name__} comes back to a model after it was with another one, and "
-                "starts afresh. Make a weighting for each model:\n"
-                "    other_model.compile(..., loss_weights=other_weighting.loss_weights)",
-                stacklevel=2,
-            )
+            self._messages.append(RETURN_MESSAGE)
+            self._warn()
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         check_attached(self.model, self._weights, self)
@@ -197,10 +195,7 @@ class LossWeighting(Rule):
         if not weights.epoch.batches:
             # Keras on JAX then puts back the variables' values of an epoch before.
             put_back(weights)
-            self._messages.append(
-                f"holds the loss weights: epoch {epoch + 1} had no batch. (In a loop of your own, "
-                "call `on_train_batch_end` for each, or `weighting.step({name: average, ...})`.)"
-            )
+            self._messages.append(no_batch_message(epoch))
             return self._warn()
         self._check_first_batches()
         mean = weights.epoch.mean()

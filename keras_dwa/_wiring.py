@@ -15,6 +15,12 @@ from keras_dwa._epoch_weights import Vector
 from keras_dwa._keras_internals import track
 from keras_dwa._loss_weights import LossWeights
 
+# What to warn of where one weighting serves two models in turn.
+RETURN_MESSAGE = (
+    "comes back to a model after it was with another one, and starts afresh. Make a weighting for "
+    "each model:\n    other_model.compile(..., loss_weights=other_weighting.loss_weights)"
+)
+
 
 def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -> None:
     """Raises a ValueError with all that is wrong with `model`, in the order in which to mend it.
@@ -255,6 +261,14 @@ def start_messages(weights: LossWeights, is_new: bool, epoch: int) -> list[str]:
             "`weighting.set_model(model)` and `weighting.reset()` before `fit`."
         )
     return messages
+
+
+def no_batch_message(epoch: int) -> str:
+    """What to warn of where an epoch, counted from 0, had no batch."""
+    return (
+        f"holds the loss weights: epoch {epoch + 1} had no batch. (In a loop of your own, call "
+        "`on_train_batch_end` for each, or `weighting.step({name: average, ...})`.)"
+    )
 
 
 def poisoned(total: float, losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:
