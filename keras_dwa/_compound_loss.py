@@ -233,8 +233,7 @@ class CompoundLoss(WeightedLoss):
         dtype = widest_float(keras.config.floatx(), *(term.dtype for term in terms))
         stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
         # Read first: where they have no value, they say why; where JAX freezes them, they note it.
-        if keras.backend.backend() == "jax":
-            state.entries[state.names[0]].value  # noqa: B018
+        state.entries[state.names[0]].value  # noqa: B018
         weights = keras.ops.cast(state.vector, dtype)
         state.add(stacked, samples)
         return keras.ops.sum(stacked * keras.ops.stop_gradient(weights))

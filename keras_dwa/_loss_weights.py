@@ -1,6 +1,7 @@
 """Live loss weights: the vector that a compiled step reads, its entries, its state in files."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -314,11 +315,8 @@ def to_numpy(tensor: Any) -> NDArray[Any]:
 
 def is_traced(tensor: Any) -> bool:
     """Whether `tensor` stands for one of a computation that JAX compiles."""
-    if keras.backend.backend() != "jax":
-        return False
-    import jax
-
-    return isinstance(tensor, jax.core.Tracer)
+    is_jax = keras.backend.backend() == "jax"
+    return is_jax and isinstance(tensor, sys.modules["jax"].core.Tracer)
 
 
 def as_float(value: Any) -> float | None:

@@ -73,12 +73,11 @@ def _hidden(model: keras.Model) -> str:
 
 def _hides(model: keras.Model, weights: LossWeights) -> bool:
     """Whether `model.metrics` keeps the weights from a step on JAX."""
-    if keras.backend.backend() != "jax":
-        return False
+    needed = weights.variables
+    if not is_tracked(model, weights):
+        needed = [variable for metric in _metrics(model) for variable in metric.variables]
     visible = {id(variable) for variable in model.metrics_variables}
-    if is_tracked(model, weights):
-        return not visible.issuperset(map(id, weights.variables))
-    return not visible.issuperset(id(v) for metric in _metrics(model) for v in metric.variables)
+    return keras.backend.backend() == "jax" and not visible.issuperset(map(id, needed))
 
 
 def _metrics(model: keras.Model) -> list[keras.metrics.Metric]:

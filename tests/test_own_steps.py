@@ -247,6 +247,19 @@ def test_tracker_that_compute_loss_updates_is_the_log_of_its_term(mode):
         fit(Tracks(dwa, scale=2.0), dwa, mode=mode, validation_split=0.2, batch_size=40)
 
 
+class TracksTwo(Tracks):
+    """Uses the compound loss twice in a step, which counts as two batches."""
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred)
+        return 0.5 * loss + 0.5 * self.compound.combine(self.terms(x, y_pred))
+
+
+def test_compound_loss_that_is_used_twice_in_a_step_is_no_mismatch(mode):
+    dwa = new()
+    check_run(fit(TracksTwo(dwa), dwa, mode=mode), dwa)
+
+
 def test_term_that_is_nan_in_tracker_and_record_is_no_mismatch():
     dwa = new()
     with pytest.warns(UserWarning, match="not finite"):
@@ -480,6 +493,20 @@ def test_logs_without_loss_on_jax_lack_base_loss_alone():
     history = fit(LogsNoLoss(dwa), dwa)
     assert set(history) == KEYS - {"loss", "base_loss"}
     assert abs(history["kl_weight"][3] - 1) > 1e-3
+
+
+class LogsTheTotalOnJax(ByComputeLoss):
+    def log(self, loss):
+        return {"loss": super().log(loss)["loss"]}
+
+
+@only_on_jax
+@pytest.mark.parametrize("batch_size", [40, 8])
+def test_terms_that_the_step_does_not_log_are_added_on_jax(batch_size):
+    dwa = new()
+    history = fit(LogsTheTotalOnJax(dwa), dwa, batch_size=batch_size)
+    check_run(history, dwa)
+    assert set(history) == KEYS
 
 
 class Combines(ByComputeLoss):
