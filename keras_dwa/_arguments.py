@@ -1,5 +1,6 @@
 """Every check of what a weighting is given, and its message."""
 
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +39,17 @@ def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, flo
             )
     check_log_names(names)
     return {name: float(base_weight) for name, base_weight in base_weights.items()}
+
+
+def check_update_freq(update_freq: Any) -> Any:
+    """`update_freq`, or a ValueError if it is neither "epoch" nor a number of batches."""
+    is_number = isinstance(update_freq, numbers.Integral) and not isinstance(update_freq, bool)
+    if update_freq != "epoch" and not (is_number and update_freq > 0):
+        raise ValueError(
+            "`update_freq` must be 'epoch', or a whole number of batches > 0. Found "
+            f"`update_freq = {update_freq!r}`."
+        )
+    return update_freq
 
 
 def check_factors(

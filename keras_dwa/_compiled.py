@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
+from keras_dwa._epoch_weights import Vector
 from keras_dwa._keras_internals import compiled_loss_weights
-from keras_dwa._loss_weights import LossWeight, LossWeights
+from keras_dwa._loss_weights import LossWeight, LossWeights, to_numpy
 
 
 def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:
@@ -116,6 +118,32 @@ def fixed_part(model: keras.Model, logs: Mapping[str, float], weights: LossWeigh
         number = weight if isinstance(weight, (int, float)) else math.nan
         part += number * logs.get(f"{name}_loss", math.nan)
     return part
+
+
+def epoch_sums(model: keras.Model, weights: LossWeights) -> Vector | None:
+    """The sums of the losses over the batches of the epoch under way, and how much those count.
+
+    Those that Keras takes its averages from, or that a compound loss recorded. That of a single
+    output is weighted.
+
+    Returns:
+        A float64 array of shape `(K + 1,)`; None if there are none.
+    """
+    if weights.in_logs:
+        recorded = weights.recorded()
+        if recorded is None:
+            return None
+        *averages, count = recorded[0]
+        return np.array([*(average * count for average in averages), count])
+    means = {m.name: m for m in model.metrics if isinstance(m, keras.metrics.Mean)}
+    keys = [f"{name}_loss" for name in weights.names]
+    if len(keys) == 1 and keys[0] not in means:
+        keys = ["loss"]
+    if not means.keys() >= set(keys):
+        return None
+    variables = [*(means[key].total for key in keys), means[keys[0]].count]
+    sums = keras.ops.stack([keras.ops.convert_to_tensor(variable) for variable in variables])
+    return to_numpy(sums).astype(np.float64)
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:

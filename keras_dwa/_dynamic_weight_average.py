@@ -68,9 +68,10 @@ class DynamicWeightAverage(LossWeighting):
         self,
         outputs: Sequence[str] | Mapping[str, float],
         temperature: float = 2.0,
+        update_freq: str | int = "epoch",
         verbose: int = 0,
     ) -> None:
-        super().__init__(outputs, verbose)
+        super().__init__(outputs, update_freq, verbose)
         self.temperature = temperature
 
     def __repr__(self) -> str:
@@ -93,7 +94,7 @@ class DynamicWeightAverage(LossWeighting):
         losses = np.array([logs[f"{name}_loss"] for name in names])
         not_finite = ~np.isfinite(losses)
         if not_finite.any():
-            message = "is not finite; the epoch is left out of the rates"
+            message = f"is not finite; the {self._unit} is left out of the rates"
             self._hold(epoch, message, losses, not_finite)
             return None
         # The averages of the last two epochs, oldest first. Shape (2, K).
@@ -111,7 +112,8 @@ class DynamicWeightAverage(LossWeighting):
             self.state["warned_of_sign"] = np.array(True)
             self._messages.append(
                 f"found that the loss of {_named(names, losses, flipped)} changed its sign after "
-                f"{epoch + 1} epochs: a negative rate lowers a weight, however the loss moved."
+                f"{epoch + 1} {self._unit}s: a negative rate lowers a weight, however the loss "
+                "moved."
             )
         factors = dwa_weights(previous, before_previous, self.temperature)
         return dict(zip(names, factors.tolist(), strict=True))
@@ -121,7 +123,8 @@ class DynamicWeightAverage(LossWeighting):
     ) -> None:
         found = _named(sorted(self.outputs), losses, odd)
         self._messages.append(
-            f"holds the loss weights after {epoch + 1} epochs: the loss of {found} {message}."
+            f"holds the loss weights after {epoch + 1} {self._unit}s: the loss of {found} "
+            f"{message}."
         )
 
 

@@ -1,4 +1,4 @@
-"""Which weights the batches of an epoch had."""
+"""Which weights the batches of an epoch had, and what their losses come to."""
 
 import threading
 
@@ -9,20 +9,33 @@ Vector = NDArray[np.float64]
 
 
 class EpochWeights:
-    """The weights that the batches of an epoch have had so far.
+    """The weights that the batches of an epoch have had so far, and the sums of their losses.
 
     Args:
         weights: those of its first batch: float64, shape `(K,)`.
+        is_weighted: whether `add` gets losses times their weights, as of a single output.
 
     Attributes:
         weights: those of the batch under way.
         validation: those that the epoch's validation had; None where there was none.
+        is_open: whether a batch has begun, and the epoch not ended.
+        sums: of the K unweighted losses over the batches that were added, each times how much its
+            batch counts; then of these counts. Shape `(K + 1,)`.
+        weighted: of the K losses times the weights that they had, likewise. Shape `(K,)`.
+        is_constant: whether all batches had the same weights.
+        is_summed: whether the sums are known of all batches.
     """
 
-    def __init__(self, weights: Vector) -> None:
-        self.weights = weights
+    def __init__(self, weights: Vector, is_weighted: bool = False) -> None:
+        self.weights, self._is_weighted = weights, is_weighted
         self.validation: Vector | None = None
-        self._sum, self._since, self._begun = np.zeros_like(weights), 0, 0
+        self.is_open = False
+        self.is_constant = self.is_summed = True
+        self.sums, self.weighted = np.zeros(len(weights) + 1), np.zeros(len(weights))
+        self._former = np.zeros(len(weights) + 1)
+        # Of the weights, by what the batches count, and by their number.
+        self._counted, self._numbered = np.zeros(len(weights)), np.zeros(len(weights))
+        self._since = self._begun = 0
         # By thread: where Keras has several call `on_train_batch_end`, each goes in order.
         self._ended: dict[int, int] = {}
 
@@ -31,28 +44,54 @@ class EpochWeights:
         """How many batches have ended."""
         return max(self._ended.values(), default=0)
 
-    @property
-    def is_constant(self) -> bool:
-        """Whether all batches had the same weights."""
-        return self._since == 0
-
     def begin(self, batch: int) -> None:
         """Batch number `batch` begins."""
-        self._begun = batch
+        if not self.is_open:
+            self._since = batch
+        self.is_open, self._begun = True, batch
 
     def end(self, batch: int) -> None:
         """Batch number `batch` has ended."""
         self._ended[threading.get_ident()] = batch + 1
 
-    def change(self, weights: Vector) -> None:
-        """The next batch has these weights."""
+    def add(self, sums: Vector | None) -> None:
+        """Adds the batches since the last call, which had the present weights.
+
+        Args:
+            sums: over the epoch so far, as the attribute; None if they are not known.
+        """
         batch = max(self._begun, self.batches)
-        self._sum = self._sum + (batch - self._since) * self.weights
-        self.weights, self._since = weights, batch
+        new = None if sums is None else sums - self._former
+        if new is not None and new[-1] > 0:
+            self._former = self._former + new
+            if self._is_weighted:
+                new[:-1] /= np.where(self.weights == 0, np.nan, self.weights)
+            self.sums += new
+            with np.errstate(invalid="ignore"):
+                self.weighted += self.weights * new[:-1]
+            self._counted += self.weights * new[-1]
+        elif batch > self._since:
+            self.is_summed = False
+        self._numbered += (batch - self._since) * self.weights
+        self._since = batch
+
+    def change(self, weights: Vector) -> None:
+        """The next batch has these weights. Those before that were not added, are by number."""
+        if self.is_open and not np.array_equal(weights, self.weights):
+            self.is_constant = False
+            if max(self._begun, self.batches) > self._since:
+                self.add(None)
+        self.weights = weights
 
     def mean(self) -> Vector:
-        """The mean of the weights over the batches: float64, shape `(K,)`."""
+        """The mean of the weights over the batches: float64, shape `(K,)`.
+
+        As far as the sums are known, each batch counts as in its losses.
+        """
         if self.is_constant:
             return self.weights
-        mean: Vector = (self._sum + (self.batches - self._since) * self.weights) / self.batches
+        last = (self.batches - self._since) * self.weights
+        mean: Vector = (self._numbered + last) / self.batches
+        if self.is_summed:
+            mean = self._counted / self.sums[-1]
         return mean

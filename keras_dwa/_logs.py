@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_dwa._epoch_weights import Vector
+from keras_dwa._epoch_weights import EpochWeights, Vector
 from keras_dwa._loss_weights import LossWeights
 
 Logs = Mapping[str, float]
@@ -95,7 +95,8 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
     if "loss" in logs:
         # Another weighting, of other losses of the model, may have begun it.
         total = logs.get("base_loss", logs["loss"])
-        logs["base_loss"] = _base_loss(total, losses, mean, weights.base_weights)
+        parts = weighted_parts(had, losses)
+        logs["base_loss"] = _base_loss(total, losses, parts, weights.base_weights)
     if "val_loss" not in logs:
         return []
     if missing := _missing_losses(logs, names, "val_"):
@@ -111,12 +112,26 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
             "`test_step` of your own, `combine` the terms in validation, too."
         ]
     total = logs.get("val_base_loss", logs["val_loss"])
-    logs["val_base_loss"] = _base_loss(total, losses, validation, weights.base_weights)
+    parts = validation * losses
+    logs["val_base_loss"] = _base_loss(total, losses, parts, weights.base_weights)
     return []
 
 
-def _base_loss(total: float, losses: Vector, weights: Vector, base_weights: Vector) -> float:
-    """What `total`, a sum under `weights` and more, would be under the base weights."""
+def weighted_parts(had: EpochWeights, losses: Vector) -> Vector:
+    """The losses of an epoch times the weights that its batches had: float64, shape `(K,)`.
+
+    Args:
+        had: which those are.
+        losses: the unweighted losses.
+    """
+    parts: Vector = had.mean() * losses
+    if had.is_summed and not had.is_constant:
+        parts = had.weighted / had.sums[-1]
+    return parts
+
+
+def _base_loss(total: float, losses: Vector, parts: Vector, base_weights: Vector) -> float:
+    """What `total`, the sum of weighted `parts` and more, would be under the base weights."""
     if not math.isfinite(total):
         return total
     # A `test_step` of the user's own may sum the losses under the base weights, or under none.
@@ -125,9 +140,8 @@ def _base_loss(total: float, losses: Vector, weights: Vector, base_weights: Vect
         return total
     if math.isclose(total, float(losses.sum()), rel_tol=1e-5):
         return base_loss
-    # As Python's floats, which know 0 * inf.
-    pairs = zip((base_weights - weights).tolist(), losses.tolist(), strict=True)
-    return total + float(sum(difference * loss for difference, loss in pairs))
+    with np.errstate(invalid="ignore"):
+        return total + float((base_weights * losses - parts).sum())
 
 
 def print_weights(source: str, weights: LossWeights, epoch: int) -> None:

@@ -57,9 +57,10 @@ class LossWeightScheduler(LossWeighting):
         self,
         outputs: Sequence[str] | Mapping[str, float],
         schedule: Schedule,
+        update_freq: str | int = "epoch",
         verbose: int = 0,
     ) -> None:
-        super().__init__(outputs, verbose)
+        super().__init__(outputs, update_freq, verbose)
         if not callable(schedule):
             raise ValueError(
                 "`schedule` must be a function of epoch and factors. "
@@ -84,9 +85,14 @@ class LossWeightScheduler(LossWeighting):
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         self._is_new = False  # A schedule misses no epoch before.
         super().on_epoch_begin(epoch, logs)
-        self._begin(epoch)
+        if self._update_freq == "epoch":
+            self._begin(epoch)
         if self.verbose > 0:
             print_weights(type(self).__name__, self._weights, epoch)
+
+    def _close_window(self, batches: int) -> None:
+        super()._close_window(batches)
+        self._begin(self._weights.state.periods)
 
     def assign(self, factors: Mapping[str, float]) -> None:
         super().assign(factors)
@@ -118,7 +124,7 @@ class LossWeightScheduler(LossWeighting):
     def _begin(self, epoch: int) -> None:
         before = self._before() if self.state.get("epoch") == epoch else self.factors
         found = self.schedule(epoch, dict(before))
-        source = f"`{type(self).__name__}.schedule` for epoch {epoch + 1}"
+        source = f"`{type(self).__name__}.schedule` for {self._unit} {epoch + 1}"
         new = check_factors({} if found is None else found, before, self._weights, source)
         self._keep(epoch, before, new)
 

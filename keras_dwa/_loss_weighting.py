@@ -12,9 +12,17 @@ import numpy as np
 
 from keras_dwa._compiled import fixed_part, has_own, is_compiled_with
 from keras_dwa._epoch_weights import EpochWeights
-from keras_dwa._logs import add_to_logs, check_base_loss, check_logs, losses_of, print_weights
+from keras_dwa._logs import (
+    add_to_logs,
+    check_base_loss,
+    check_logs,
+    losses_of,
+    print_weights,
+    weighted_parts,
+)
 from keras_dwa._own_steps import OwnSteps
 from keras_dwa._rule import Rule
+from keras_dwa._windows import WindowedRule
 from keras_dwa._wiring import (
     RETURN_MESSAGE,
     attach,
@@ -30,11 +38,12 @@ from keras_dwa._wiring import (
     poisoned,
     put_back,
     start_messages,
+    window_messages,
 )
 
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
-class LossWeighting(Rule):
+class LossWeighting(WindowedRule):
     """Moves the loss weights of a multi-output model while it trains, by a rule or by hand.
 
     The weight of an output's loss is its base weight, which says what is wanted in the end, times
@@ -105,8 +114,14 @@ class LossWeighting(Rule):
     # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.
     async_safe = True
 
-    def __init__(self, outputs: Sequence[str] | Mapping[str, float], verbose: int = 0) -> None:
-        super().__init__(outputs, verbose)
+    def __init__(
+        self,
+        outputs: Sequence[str] | Mapping[str, float],
+        update_freq: str | int = "epoch",
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(outputs, update_freq, verbose)
+        self._first_period = 0
         self._is_new = self._is_start = False
         self._looks_static = np.array([True, True])
         self._own_steps = OwnSteps(self._weights)
@@ -148,6 +163,7 @@ class LossWeighting(Rule):
         check_model(self.model, self._weights)
         self._thread = threading.get_ident()
         self._is_start = True
+        self._first_period = self._weights.state.periods
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         check_one_fit(self._thread, self)
@@ -157,7 +173,9 @@ class LossWeighting(Rule):
             self._messages += start_messages(weights, self._is_new, epoch)
         self._is_new, weights.file = False, None
         weights.state = replace(weights.state, epochs=epoch)
-        weights.epoch = EpochWeights(weights.assigned)
+        is_weighted = len(weights.names) == 1 and not weights.in_logs
+        weights.epoch = EpochWeights(weights.assigned, is_weighted)
+        self._begin_epoch()
         by_step = weights.in_logs and has_own(self.model, "train_step")
         self._own_steps = OwnSteps(weights, by_step or bool(weights.tracked))
         weights.reset_state()  # As Keras did, unless the model's `metrics` hides it.
@@ -168,7 +186,12 @@ class LossWeighting(Rule):
         if self._weights.epoch.batches:
             self._check_first_batches()
         self._check_terms(batch)
+        if not self._weights.epoch.is_open:
+            self._open_window(batch)
         self._weights.epoch.begin(batch)
+        if self._is_over(batch):
+            self._add_sums()
+            self._close_window(batch)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
@@ -184,6 +207,7 @@ class LossWeighting(Rule):
         # Before validation records, too.
         self._check_first_batches()
         self._check_terms()
+        self._complete_sums()
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
         self._weights.epoch.validation = self._weights.assigned
@@ -198,6 +222,7 @@ class LossWeighting(Rule):
             self._messages.append(no_batch_message(epoch))
             return self._warn()
         self._check_first_batches()
+        self._complete_sums()
         mean = weights.epoch.mean()
         self._check_terms()
         logs.update(self._own_steps.missing(logs, weights.epoch.batches))
@@ -205,12 +230,17 @@ class LossWeighting(Rule):
         losses = losses_of(logs, weights.names, mean)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
-        if weights.epoch.is_constant:
+        if weights.epoch.is_constant or weights.epoch.is_summed:
             ours = total - fixed_part(self.model, logs, weights)
-            self._looks_static = check_effect(ours, losses, weights, mean, self._looks_static)
+            weighted = float(weighted_parts(weights.epoch, losses).sum())
+            self._looks_static = check_effect(ours, losses, weights, weighted, self._looks_static)
         self._messages += poisoned(total, losses, mean, weights.names)
+        weights.epoch.is_open = False
         of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
-        self._close_epoch(epoch, {**logs, **of_outputs})
+        if self._update_freq == "epoch":
+            self._close_period(epoch, {**logs, **of_outputs}, forget_record=True, epochs=epoch + 1)
+        else:
+            self._end_epoch(epoch)
         if self.verbose > 0 and type(self).update is not Rule.update:
             print_weights(type(self).__name__, weights, epoch)
         self._messages += history_messages(self.model, self.params, epoch)
@@ -219,6 +249,9 @@ class LossWeighting(Rule):
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self._thread = None
         self._assigned = {}
+        state = self._weights.state
+        self._messages += window_messages(state, self._first_period, self._update_freq)
+        self._warn()
 
     def _check_first_batches(self) -> None:
         # Once a batch is done, since TensorFlow builds the losses in it.

@@ -92,11 +92,16 @@ class State:
         factors: what the base weights are multiplied by: float64, shape `(K,)`.
         memory: name to array, whatever the rule keeps.
         epochs: how many epochs were closed: in `fit`, those that come before the current one.
+        periods: how many windows of batches were closed.
+        window: of the window that the last epoch left open: the sums of the K losses, each times
+            how much its batch counts, of these counts, and the number of batches. Shape `(K + 2,)`.
     """
 
     factors: Vector
     memory: dict[str, Any]
     epochs: int
+    periods: int
+    window: Vector
 
 
 class LossWeights(keras.metrics.Metric):
@@ -109,6 +114,7 @@ class LossWeights(keras.metrics.Metric):
     Args:
         base_weights: output name to base weight.
         rules: the names of the rule's class and of those that it derives from, in that order.
+        has_windows: whether the rule moves the weights within epochs.
 
     Attributes:
         names: the outputs' names, in the order of the arrays of shape `(K,)`.
@@ -132,9 +138,11 @@ class LossWeights(keras.metrics.Metric):
         is_distributed: whether the variables were made under a `keras.distribution`.
     """
 
-    def __init__(self, base_weights: Mapping[str, float], rules: Sequence[str]) -> None:
+    def __init__(
+        self, base_weights: Mapping[str, float], rules: Sequence[str], has_windows: bool = False
+    ) -> None:
         super().__init__(name="loss_weighting")
-        self.rules = tuple(rules)
+        self.rules, self._has_windows = tuple(rules), has_windows
         self.names = tuple(base_weights)
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         self.vector = LossWeightVector(
@@ -150,6 +158,8 @@ class LossWeights(keras.metrics.Metric):
         )
         self.is_distributed = keras.distribution.distribution() is not None
         self.record: Any = None
+        self._base: Any = None
+        self._folded: Any = 0.0
         self.in_logs: bool | None = None
         self.tracked: frozenset[str] = frozenset()
         self.was_reset = self.was_added = False
@@ -161,7 +171,8 @@ class LossWeights(keras.metrics.Metric):
         # Keras would pickle a saved metric, which holds only what `get_config` gives.
         stored: dict[str, Any] = {}
         self.save_own_variables(stored)
-        return _unpickle, (self.by_name(self.base_weights), self.rules, stored)
+        arguments = self.by_name(self.base_weights), self.rules, self._has_windows
+        return _unpickle, (arguments, stored)
 
     def by_name(self, values: Vector) -> dict[str, float]:
         """An array of shape `(K,)` as floats by output name."""
@@ -174,7 +185,9 @@ class LossWeights(keras.metrics.Metric):
     def reset(self) -> None:
         """Goes back to the base weights and forgets everything."""
         self.file: str | None = None
-        self.replace(State(np.ones(len(self.names)), {}, epochs=0), forget_record=True)
+        size = len(self.names)
+        state = State(np.ones(size), {}, epochs=0, periods=0, window=np.zeros(size + 2))
+        self.replace(state, forget_record=True)
 
     def replace(self, state: State, forget_record: bool = False) -> None:
         """Goes over to `state`: as a whole, even on Ctrl-C."""
@@ -198,13 +211,12 @@ class LossWeights(keras.metrics.Metric):
 
     def start_recording(self) -> None:
         """Makes the variable that `add` records in."""
-        if self.record is None:
-            self.record = self.add_variable(
-                shape=(2 * len(self.names) + 2,),
-                initializer="zeros",
-                dtype=widest_float(keras.config.floatx(), "float32"),
-                name="record",
-            )
+        if self.record is not None:
+            return
+        size, dtype = 2 * len(self.names) + 2, widest_float(keras.config.floatx(), "float32")
+        self.record = self.add_variable((size,), "zeros", dtype, name="record")
+        if self._has_windows:
+            self._base = self.add_variable((size,), "zeros", dtype, name="record_before")
 
     def add(self, losses: Any, samples: Any) -> None:
         """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
@@ -224,14 +236,18 @@ class LossWeights(keras.metrics.Metric):
         Keras calls this at the start of each epoch and of each evaluation.
         """
         self.was_reset, self.was_added = True, False
-        if self.record is not None:
-            self.record.assign(keras.ops.zeros(self.record.shape))
+        self._folded = 0.0
+        for variable in (self.record, self._base):
+            if variable is not None:
+                variable.assign(keras.ops.zeros(variable.shape))
 
     def result(self) -> dict[str, Any]:
         """The recorded averages as `<name>_loss`, where they are the model's logs."""
         if not (self.was_added if self.in_logs is None else self.in_logs):
             return {}
         record, size = keras.ops.convert_to_tensor(self.record), len(self.names)
+        if self._base is not None:
+            record = record + keras.ops.convert_to_tensor(self._base)
         averages = record[:size] / record[size]
         return {
             f"{name}_loss": averages[k]
@@ -254,11 +270,18 @@ class LossWeights(keras.metrics.Metric):
                 "`stateless_call` or `stateless_combine` there, and assign the variables that it "
                 "returns to `weighting.variables`."
             ) from error
-        record: NDArray[np.float64] = values.astype(np.float64).reshape(2, -1)
+        record: NDArray[np.float64] = (self._folded + values.astype(np.float64)).reshape(2, -1)
         if not record[:, -1].all():
             return None
         record[:, :-1] /= record[:, -1:]
         return record
+
+    def fold(self) -> None:
+        """Keeps what is recorded on the host, so that what comes next is added to 0, exactly."""
+        if self._base is not None:
+            self._folded = self._folded + to_numpy(keras.ops.convert_to_tensor(self.record))
+            self._base.assign(self._folded)
+            self.record.assign(keras.ops.zeros(self.record.shape))
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into a weights file."""
@@ -266,7 +289,8 @@ class LossWeights(keras.metrics.Metric):
         store["rule"] = _as_array([self.rules[0]])
         store["outputs"] = _as_array(list(self.names))
         store["factors"] = self.state.factors
-        store["epochs"] = np.array(self.state.epochs)
+        store["epochs"] = np.array([self.state.epochs, self.state.periods])
+        store["window"] = self.state.window
         # By number, for a name may be none that a file can have.
         store["memory"] = _as_array(list(memory))
         for index, value in enumerate(memory.values()):
@@ -292,9 +316,14 @@ class LossWeights(keras.metrics.Metric):
             name: np.asarray(store[f"memory_{index}"])
             for index, name in enumerate(_as_names(store["memory"]))
         }
-        factors = np.asarray(store["factors"])[order]
+        epochs, periods = np.asarray(store["epochs"]).tolist()
+        *sums, count, batches = np.asarray(store["window"])
         state = State(
-            factors, memory if self.file in self.rules else {}, int(np.asarray(store["epochs"]))
+            factors=np.asarray(store["factors"])[order],
+            memory=memory if self.file in self.rules else {},
+            epochs=epochs,
+            periods=periods,
+            window=np.array([*(sums[k] for k in order), count, batches]),
         )
         self.replace(state, forget_record=True)
 
@@ -334,9 +363,7 @@ def _as_names(array: Any) -> list[str]:
     return names
 
 
-def _unpickle(
-    base_weights: dict[str, float], rules: Sequence[str], stored: dict[str, Any]
-) -> LossWeights:
-    loss_weights = LossWeights(base_weights, rules)
+def _unpickle(arguments: tuple[Any, ...], stored: dict[str, Any]) -> LossWeights:
+    loss_weights = LossWeights(*arguments)
     loss_weights.load_own_variables(stored)
     return loss_weights

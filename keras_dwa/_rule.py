@@ -11,8 +11,15 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from keras_dwa._arguments import check_factors, check_losses, check_memory, check_outputs
-from keras_dwa._loss_weights import LossWeight, LossWeights, State
+from keras_dwa._arguments import (
+    check_factors,
+    check_losses,
+    check_memory,
+    check_outputs,
+    check_update_freq,
+)
+from keras_dwa._compiled import epoch_sums
+from keras_dwa._loss_weights import LossWeight, LossWeights
 from keras_dwa._wiring import check_no_fit, put_back
 
 
@@ -65,11 +72,17 @@ class BoundCallback(keras.callbacks.Callback):
 class Rule(BoundCallback):
     """Live loss weights by output name, and how they move; `LossWeighting` says when in `fit`."""
 
-    def __init__(self, outputs: Sequence[str] | Mapping[str, float], verbose: int = 0) -> None:
+    def __init__(
+        self,
+        outputs: Sequence[str] | Mapping[str, float],
+        update_freq: str | int = "epoch",
+        verbose: int = 0,
+    ) -> None:
         super().__init__()
+        self._update_freq: Any = check_update_freq(update_freq)
         self.verbose = verbose
         rules = [cls.__name__ for cls in type(self).__mro__]
-        self._weights = LossWeights(check_outputs(outputs), rules)
+        self._weights = LossWeights(check_outputs(outputs), rules, self._update_freq != "epoch")
         # The factors assigned since the last epoch or `fit` ended, with which a new model begins.
         self._assigned: dict[str, float] = {}
         # The memory while `update` runs, so that an error in it leaves the former one.
@@ -116,6 +129,10 @@ class Rule(BoundCallback):
         self._sync()
         return list(self._weights.variables)
 
+    @property
+    def _unit(self) -> str:
+        return "epoch" if self._update_freq == "epoch" else "window"
+
     def assign(self, factors: Mapping[str, float]) -> None:
         """Sets factors by output name; the next step uses them.
 
@@ -140,8 +157,15 @@ class Rule(BoundCallback):
             )
         self._sync()
         new = check_factors(factors, self.factors, self._weights, "`assign`")
+        self._add_sums()
         self._weights.replace(replace(self._weights.state, factors=new))
         self._assigned.update({name: self.factors[name] for name in factors})
+
+    def _add_sums(self) -> None:
+        """Adds the batches of the epoch under way so far, if any, to the sums of their losses."""
+        if self._weights.epoch.is_open:
+            self._sync()
+            self._weights.epoch.add(epoch_sums(self.model, self._weights))
 
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
         """The factors of the next epoch: the method to override. By itself it moves nothing.
@@ -200,7 +224,9 @@ class Rule(BoundCallback):
                 )
             averages = check_losses(losses, weights.names)
             logs = {f"{name}_loss": average for name, average in averages.items()}
-            self._close_epoch(weights.state.epochs, logs)
+            counter = "epochs" if self._update_freq == "epoch" else "periods"
+            period = getattr(weights.state, counter)
+            self._close_period(period, logs, forget_record=True, **{counter: period + 1})
         self._warn()
         return weights.by_name(weights.assigned)
 
@@ -216,19 +242,27 @@ class Rule(BoundCallback):
         A rule with arguments of its own adds them, and is registered by
         `keras.saving.register_keras_serializable`.
         """
-        return {"outputs": dict(self.base_weights), "verbose": self.verbose}
+        return {
+            "outputs": dict(self.base_weights),
+            "update_freq": self._update_freq,
+            "verbose": self.verbose,
+        }
 
-    def _close_epoch(self, epoch: int, logs: Mapping[str, float]) -> None:
+    def _close_period(
+        self, period: int, logs: Mapping[str, float], forget_record: bool, **changes: Any
+    ) -> None:
+        """Asks the rule after a period, counted from 0; `changes` are others of the state."""
         weights = self._weights
         self._messages += put_back(weights)
-        source = f"`{type(self).__name__}.update` after epoch {epoch + 1}"
+        source = f"`{type(self).__name__}.update` after {self._unit} {period + 1}"
         try:
             # Copies, for a rule may change an array in place.
             self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
-            found = self.update(epoch, logs)
+            found = self.update(period, logs)
             new = check_factors({} if found is None else found, self.factors, weights, source)
             memory = check_memory(self._draft, source)
-            weights.replace(State(new, memory, epoch + 1), forget_record=True)
+            state = replace(weights.state, factors=new, memory=memory, **changes)
+            weights.replace(state, forget_record)
             self._assigned = {}
         finally:
             self._draft = None

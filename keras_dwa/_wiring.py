@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from keras_dwa._compiled import is_compiled_with, lacks_compound_loss, losses_problems, own_step
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._keras_internals import track
-from keras_dwa._loss_weights import LossWeights
+from keras_dwa._loss_weights import LossWeights, State
 
 # What to warn of where one weighting serves two models in turn.
 RETURN_MESSAGE = (
@@ -188,7 +188,11 @@ def _check_metrics(model: keras.Model, weights: LossWeights) -> None:
 
 
 def check_effect(
-    total: float, losses: Vector, weights: LossWeights, had: Vector, looks_static: NDArray[np.bool_]
+    total: float,
+    losses: Vector,
+    weights: LossWeights,
+    weighted: float,
+    looks_static: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
     """Raises a ValueError if the loss is, as in every epoch so far, a sum under other weights.
 
@@ -196,7 +200,7 @@ def check_effect(
         total: the logged loss, without the outputs of a weight of their own.
         losses: its unweighted parts.
         weights: those of the weighting.
-        had: the weights that all batches of the epoch had.
+        weighted: the sum of the parts under the weights that the batches of the epoch had.
         looks_static: whether it was the sum under the base weights in every epoch before, and
             whether it was that under none.
 
@@ -207,12 +211,12 @@ def check_effect(
     if not np.isfinite([total, *static]).all():
         return looks_static
     looks_static = looks_static & np.isclose(total, static, rtol=1e-5, atol=0.0)
-    ignored = looks_static & ~np.isclose(had @ losses, static, rtol=1e-3, atol=0.0)
+    ignored = looks_static & ~np.isclose(weighted, static, rtol=1e-3, atol=0.0)
     if ignored.any():
         raise ValueError(
             f"The weights do not reach the loss: it was {total}, the sum under "
             f"{'the base weights' if ignored[0] else 'no weights'}, with the weights "
-            f"{weights.by_name(had)}. Return `super().compute_loss(...)` or a "
+            f"{weights.by_name(weights.epoch.mean())}. Return `super().compute_loss(...)` or a "
             "CompoundLoss from `compute_loss`; train on that in `train_step`."
         )
     return looks_static
@@ -268,6 +272,22 @@ def no_batch_message(epoch: int) -> str:
         f"holds the loss weights: epoch {epoch + 1} had no batch. (In a loop of your own, call "
         "`on_train_batch_end` for each, or `weighting.step({name: average, ...})`.)"
     )
+
+
+def window_messages(state: State, first: int, update_freq: Any) -> list[str]:
+    """What there is to warn of where a `fit` that began with window `first` ends.
+
+    Args:
+        state: that of the weights.
+        first: how many windows were closed before.
+        update_freq: how many batches a window has, or "epoch".
+    """
+    if update_freq == "epoch" or state.periods > first or state.window[-1] == 0:
+        return []
+    return [
+        f"moved no weight: `update_freq={update_freq}` batches are more than the "
+        f"{int(state.window[-1])} that were trained so far. Choose a smaller one, or 'epoch'."
+    ]
 
 
 def poisoned(total: float, losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:

@@ -41,6 +41,13 @@ class Momentum(DynamicWeightAverage):
         return {name: abs(former[name] + v) for name, v in zip(sorted(new), velocity, strict=True)}
 
 
+class InWindows(Momentum):
+    """Moves the weights within epochs, by windows that go over their ends."""
+
+    def __init__(self, outputs, temperature):
+        super().__init__(outputs, temperature, update_freq=7)
+
+
 def train(folder, save_freq, rule=Momentum, stop=None):
     """Trains six epochs of five batches, and writes all that was trained.
 

@@ -23,8 +23,8 @@ def own_loss(y_true, y_pred):
 
 @register
 class HalveTheLarger(LossWeighting):
-    def __init__(self, outputs, by=0.5, verbose=0):
-        super().__init__(outputs, verbose)
+    def __init__(self, outputs, by=0.5, **kwargs):
+        super().__init__(outputs, **kwargs)
         self.by = by
 
     def get_config(self):

@@ -157,7 +157,7 @@ def test_state_whose_replacement_ctrl_c_interrupts_is_replaced_as_a_whole(dwa):
                 raise KeyboardInterrupt
             return base_weights * np.array([0.5, 1.5])
 
-    state = State(Interrupted(), {}, epochs=7)
+    state = State(Interrupted(), {}, epochs=7, periods=0, window=np.zeros(4))
     with pytest.raises(KeyboardInterrupt):
         dwa._weights.replace(state)
     assert dwa.step() == {"easy": 0.5, "hard": 1.5}

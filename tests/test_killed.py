@@ -9,7 +9,7 @@ import pytest
 import run_to_kill
 from common import BACKEND, check_run
 from processes import FORK, succeeds
-from run_to_kill import Momentum
+from run_to_kill import InWindows, Momentum
 
 from keras_dwa import DynamicWeightAverage
 
@@ -42,11 +42,12 @@ def check_same(folder, expected):
         np.testing.assert_array_equal(trained[key], whole[key], strict=True)
 
 
-def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path):
-    run(tmp_path / "whole", "epoch")
+@pytest.mark.parametrize("rule", [Momentum, InWindows])
+def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, rule):
+    run(tmp_path / "whole", "epoch", rule)
     for epoch, batch in [(0, 1), (1, 3), (2, 0), (4, 2)]:
-        run_and_kill(tmp_path / "killed", "epoch", epoch, batch)
-    run(tmp_path / "killed", "epoch")
+        run_and_kill(tmp_path / "killed", "epoch", epoch, batch, rule)
+    run(tmp_path / "killed", "epoch", rule)
     check_same(tmp_path / "killed", tmp_path / "whole")
     assert np.abs(np.load(tmp_path / "whole" / "trained.npz")["velocity"]).max() > 1e-3
 

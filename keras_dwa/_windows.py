@@ -1,0 +1,108 @@
+"""Windows of batches, as periods of a rule in the place of epochs."""
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from keras_dwa._epoch_weights import Vector
+from keras_dwa._rule import Rule
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of batches that is over.
+
+    Attributes:
+        batches: how many it had.
+        losses: output name to unweighted loss, averaged over them.
+        weights: output name to the weight that the last of them had.
+    """
+
+    batches: int
+    losses: dict[str, float]
+    weights: dict[str, float]
+
+
+class WindowedRule(Rule):
+    """A rule that is asked after each window of `update_freq` batches, unless that is "epoch".
+
+    A window goes on from one epoch to the next. What an epoch leaves of it is in `State.window`.
+    """
+
+    def __init__(
+        self,
+        outputs: Sequence[str] | Mapping[str, float],
+        update_freq: str | int = "epoch",
+        verbose: int = 0,
+    ) -> None:
+        super().__init__(outputs, update_freq, verbose)
+        self._windows: deque[Window] = deque(maxlen=1000)
+        self._begin_epoch()
+
+    def reset(self) -> None:
+        super().reset()
+        self._windows.clear()
+
+    def _begin_epoch(self) -> None:
+        """The window under way goes on in a new epoch."""
+        self._is_complete = False
+        self._open_window(0)
+
+    def _open_window(self, batches: int) -> None:
+        """The window under way, or its part in this epoch, begins after so many batches of it."""
+        self._opened, self._offset = batches, self._weights.epoch.sums.copy()
+
+    @property
+    def windows(self) -> list[Window]:
+        """The windows of batches that are over, the latest 1000, oldest first."""
+        return list(self._windows)
+
+    def _is_over(self, batches: int) -> bool:
+        """Whether the window under way is, after so many batches of the epoch."""
+        if self._update_freq == "epoch":
+            return False
+        had = float(self._weights.state.window[-1])
+        return bool(had + batches - self._opened >= self._update_freq)
+
+    def _window(self, batches: int) -> Vector:
+        """What `State.window` would be after so many batches of the epoch."""
+        part = np.append(self._weights.epoch.sums - self._offset, batches - self._opened)
+        window: Vector = self._weights.state.window + part
+        return window
+
+    def _close_window(self, batches: int) -> None:
+        weights, state = self._weights, self._weights.state
+        *sums, count, of_batches = self._window(batches)
+        losses = weights.by_name(np.array(sums) / (count or np.nan))
+        logs = {f"{name}_loss": loss for name, loss in losses.items()}
+        had = weights.by_name(weights.epoch.weights)
+        self._windows.append(Window(int(of_batches), losses, had))
+        window, periods = np.zeros_like(state.window), state.periods + 1
+        self._close_period(state.periods, logs, False, periods=periods, window=window)
+        weights.fold()
+        self._open_window(batches)
+
+    def _complete_sums(self) -> None:
+        """Adds the last batches of an epoch to the sums, unless another call took their losses."""
+        epoch = self._weights.epoch
+        if self._is_complete or (self._update_freq == "epoch" and epoch.is_constant):
+            return
+        self._is_complete = True
+        if not self._weights.was_reset:
+            return self._add_sums()
+        epoch.add(None)
+        self._messages.append(
+            "does not know the losses of the last batches of the epoch: an evaluation took their "
+            "place. In `callbacks`, list the weighting before those that evaluate."
+        )
+
+    def _end_epoch(self, epoch: int) -> None:
+        weights, batches = self._weights, self._weights.epoch.batches
+        if self._is_over(batches):
+            self._close_window(batches)
+            window = weights.state.window
+        else:
+            window = self._window(batches)
+        weights.state = replace(weights.state, window=window, epochs=epoch + 1)
