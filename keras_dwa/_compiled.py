@@ -142,8 +142,9 @@ def epoch_sums(model: keras.Model, weights: LossWeights) -> Vector | None:
     if not means.keys() >= set(keys):
         return None
     variables = [*(means[key].total for key in keys), means[keys[0]].count]
-    sums = keras.ops.stack([keras.ops.convert_to_tensor(variable) for variable in variables])
-    return to_numpy(sums).astype(np.float64)
+    # `stack` refuses some variables of TensorFlow's.
+    rows = [keras.ops.reshape(variable, (1,)) for variable in variables]
+    return to_numpy(keras.ops.concatenate(rows)).astype(np.float64)
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:
