@@ -9,7 +9,8 @@ import numpy as np
 
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._keras_internals import compiled_loss_weights
-from keras_dwa._loss_weights import LossWeight, LossWeights, to_numpy
+from keras_dwa._loss_record import to_numpy
+from keras_dwa._loss_weights import LossWeight, LossWeights
 
 
 def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:

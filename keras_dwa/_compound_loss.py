@@ -6,8 +6,9 @@ from typing import Any, Self
 
 import keras
 
+from keras_dwa._loss_record import widest_float
 from keras_dwa._loss_weighting import LossWeighting
-from keras_dwa._loss_weights import LossWeight, widest_float
+from keras_dwa._loss_weights import LossWeight
 
 
 class WeightedLoss(keras.metrics.Metric, keras.losses.Loss):

@@ -38,10 +38,12 @@ class DynamicWeightAverage(LossWeighting):
             sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence).
         temperature: `T`, a finite number > 0, 2.0 in the paper. It may be assigned later: the
             factors follow at the end of the epoch.
+        update_freq: "epoch", or a number of batches > 0, in the place of an epoch: `L_k(t)` is then
+            the average over the t-th window of that many batches.
         verbose: 0 or 1. 1 prints the new weights at the end of each epoch.
 
     Raises:
-        ValueError: if a name, a base weight or the temperature is not as described.
+        ValueError: if a name, a base weight, the temperature or `update_freq` is not as described.
 
     Example:
 

@@ -35,11 +35,13 @@ class LossWeightScheduler(LossWeighting):
             floats by output name. It returns output name to factor, a finite number >= 0; names
             left out keep theirs. None if all do. Where an epoch begins twice, as after a resume
             within it, it gets the same factors again.
+        update_freq: "epoch", or a number of batches > 0: `schedule` then gets the number of windows
+            of that many batches that are over, in the place of the epoch.
         verbose: 0 or 1. 1 prints the weights at the start of each epoch.
 
     Raises:
-        ValueError: if a name or a base weight is not as described, if `schedule` cannot be called,
-            or if it returns anything else.
+        ValueError: if a name, a base weight or `update_freq` is not as described, if `schedule`
+            cannot be called, or if it returns anything else.
 
     Example:
 

@@ -2,15 +2,14 @@
 
 import math
 import threading
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import keras
 import numpy as np
 
-from keras_dwa._compiled import fixed_part, has_own, is_compiled_with
+from keras_dwa._attached import AttachedRule
+from keras_dwa._compiled import fixed_part, has_own
 from keras_dwa._epoch_weights import EpochWeights
 from keras_dwa._logs import (
     add_to_logs,
@@ -22,18 +21,13 @@ from keras_dwa._logs import (
 )
 from keras_dwa._own_steps import OwnSteps
 from keras_dwa._rule import Rule
-from keras_dwa._windows import WindowedRule
 from keras_dwa._wiring import (
-    RETURN_MESSAGE,
-    attach,
     check_attached,
     check_effect,
     check_first_batches,
     check_model,
-    check_once,
     check_one_fit,
     history_messages,
-    is_tracked,
     no_batch_message,
     poisoned,
     put_back,
@@ -43,7 +37,7 @@ from keras_dwa._wiring import (
 
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
-class LossWeighting(WindowedRule):
+class LossWeighting(AttachedRule):
     """Moves the loss weights of a multi-output model while it trains, by a rule or by hand.
 
     The weight of an output's loss is its base weight, which says what is wanted in the end, times
@@ -58,11 +52,11 @@ class LossWeighting(WindowedRule):
 
     - `<name>_weight`: the weight that the epoch's losses had, so that `loss` is the sum of
       `<name>_weight * <name>_loss`, plus regularization. If it changed within the epoch, its mean
-      over the batches;
+      over the batches, each counted as in its losses;
     - `base_loss` and `val_base_loss`: the total loss under the base weights alone. Unlike
       `val_loss` it does not move with the weights: it is the one to monitor. (On TensorFlow, Keras
       averages the total over samples, but its parts over batches, so that it moves a little if the
-      last batch is smaller. If weights changed within the epoch, `base_loss` is approximate.)
+      last batch is smaller.)
 
     Callbacks that read these come after this one in the list.
 
@@ -77,10 +71,13 @@ class LossWeighting(WindowedRule):
         outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
             sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence). The
             loss of a nested output goes by its path, `"heads/depth"`.
+        update_freq: when `update` is asked in `fit`: "epoch", or a number of batches > 0. It then
+            gets the number of such windows that are over, from 0, and their losses alone. A window
+            goes on in the next epoch.
         verbose: 0 or 1. 1 prints the weights that `update` sets at the end of each epoch.
 
     Raises:
-        ValueError: if a name or a base weight is not as described; from `fit`, before the first
+        ValueError: if a name, a base weight or `update_freq` is not as described; from `fit`, before the first
             step if the model was not compiled with these weights, after the first two if its logs
             lack `<name>_loss` or have other values than its compound loss got, and at the end of
             the first epoch whose weights clearly differ from the base weights if the loss is still
@@ -122,41 +119,13 @@ class LossWeighting(WindowedRule):
     ) -> None:
         super().__init__(outputs, update_freq, verbose)
         self._first_period = 0
-        self._is_new = self._is_start = False
+        self._is_start = False
         self._looks_static = np.array([True, True])
         self._own_steps = OwnSteps(self._weights)
 
     def reset(self) -> None:
         super().reset()
-        self._is_new = False
         self._looks_static = np.array([True, True])
-
-    def set_params(self, params: dict[str, Any]) -> None:
-        check_once(params, self)
-        super().set_params(params)
-
-    def set_model(self, model: keras.Model) -> None:
-        weights = self._weights
-        check_model(model, weights, in_fit=False)
-        # With a compound loss, the weights may enter through the model's own step instead.
-        weights.in_logs = weights.record is not None and not is_compiled_with(model, weights)
-        former, is_known = self.model, self._knows(model)
-        if is_known and model is former and is_tracked(model, weights):
-            return
-        attach(model, weights)
-        is_unpickled = former is None and bool(weights.file)
-        if not is_unpickled:
-            assigned = self._assigned
-            self.reset()
-            if assigned:
-                self.assign(assigned)
-        self._is_new = True
-        self._models.append(weakref.ref(model))
-        # Late, so that the next call does it all again if Ctrl-C comes before.
-        super().set_model(model)
-        if is_known and model is not former:
-            self._messages.append(RETURN_MESSAGE)
-            self._warn()
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         check_attached(self.model, self._weights, self)

@@ -62,6 +62,12 @@ class BoundCallback(keras.callbacks.Callback):
         except RuntimeError:
             self.model  # noqa: B018
 
+    def _add_sums(self) -> None:
+        """Adds the batches of the epoch under way so far, if any, to the sums of their losses."""
+        if self._weights.epoch.is_open:
+            self._sync()
+            self._weights.epoch.add(epoch_sums(self.model, self._weights))
+
     def _warn(self) -> None:
         messages, self._messages = self._messages, []
         if messages:
@@ -80,6 +86,7 @@ class Rule(BoundCallback):
     ) -> None:
         super().__init__()
         self._update_freq: Any = check_update_freq(update_freq)
+        self._unit = "epoch" if self._update_freq == "epoch" else "window"
         self.verbose = verbose
         rules = [cls.__name__ for cls in type(self).__mro__]
         self._weights = LossWeights(check_outputs(outputs), rules, self._update_freq != "epoch")
@@ -129,10 +136,6 @@ class Rule(BoundCallback):
         self._sync()
         return list(self._weights.variables)
 
-    @property
-    def _unit(self) -> str:
-        return "epoch" if self._update_freq == "epoch" else "window"
-
     def assign(self, factors: Mapping[str, float]) -> None:
         """Sets factors by output name; the next step uses them.
 
@@ -161,21 +164,16 @@ class Rule(BoundCallback):
         self._weights.replace(replace(self._weights.state, factors=new))
         self._assigned.update({name: self.factors[name] for name in factors})
 
-    def _add_sums(self) -> None:
-        """Adds the batches of the epoch under way so far, if any, to the sums of their losses."""
-        if self._weights.epoch.is_open:
-            self._sync()
-            self._weights.epoch.add(epoch_sums(self.model, self._weights))
-
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
         """The factors of the next epoch: the method to override. By itself it moves nothing.
 
         What it puts into `self.state` is kept if it returns, and dropped if it raises.
 
         Args:
-            epoch: the epoch that ends, from 0.
-            logs: `<name>_loss` for each output, its unweighted loss averaged over the epoch; in
-                `fit`, all else that the epoch's logs have, `val_<name>_loss` and metrics, too.
+            epoch: the epoch that ends, from 0; with `update_freq` in batches, the window.
+            logs: `<name>_loss` for each output, its unweighted loss averaged over the epoch or
+                window; after an epoch of `fit`, all else that its logs have, `val_<name>_loss` and
+                metrics, too.
 
         Returns:
             Output name to factor, a finite number >= 0; names left out keep theirs. None if all do.

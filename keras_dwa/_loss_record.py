@@ -1,0 +1,131 @@
+"""What a compound loss records, in a metric that a model tracks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+
+class LossRecord(keras.metrics.Metric):
+    """The losses that a compound loss records, averaged; without one, nothing.
+
+    It is a metric because a model hands the variables of its metrics to every step, where JAX would
+    otherwise freeze them, without counting them among its own weights.
+
+    Args:
+        names: the outputs' names, in the order of the arrays of shape `(K,)`.
+        has_windows: whether the record is taken within epochs.
+
+    Attributes:
+        record: what was recorded since the last reset: the sums of the K losses, each times its
+            batch's samples, and the samples; then the sums of the losses alone, and the batches. A
+            variable of shape `(2K + 2,)`, float32 or wider. None until `start_recording`.
+        called: whether `add` was called since the last epoch was closed, be it in a trace.
+        in_logs: whether the recorded averages are the model's logs. None, for where something is
+            recorded, until a model is shown.
+        tracked: the outputs whose losses the model logs by metrics of its own.
+        was_reset: whether the record was reset since the epoch began.
+        was_added: whether `add` was called since the record was reset, be it in a trace.
+    """
+
+    def __init__(self, names: Sequence[str], has_windows: bool) -> None:
+        super().__init__(name="loss_weighting")
+        self.names, self._has_windows = tuple(names), has_windows
+        self.record: Any = None
+        # What `fold` took out of the record: for the logs, and exactly, on the host.
+        self._base: Any = None
+        self._folded: Any = 0.0
+        self.called = False
+        self.in_logs: bool | None = None
+        self.tracked: frozenset[str] = frozenset()
+        self.was_reset = self.was_added = False
+
+    def start_recording(self) -> None:
+        """Makes the variable that `add` records in."""
+        if self.record is not None:
+            return
+        size, dtype = 2 * len(self.names) + 2, widest_float(keras.config.floatx(), "float32")
+        self.record = self.add_variable((size,), "zeros", dtype, name="record")
+        if self._has_windows:
+            self._base = self.add_variable((size,), "zeros", dtype, name="record_before")
+
+    def add(self, losses: Any, samples: Any) -> None:
+        """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
+        self.called = self.was_added = True
+        one = keras.ops.ones((1,))
+        values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
+        row = keras.ops.concatenate([values, one])
+        samples = keras.ops.cast(samples, self.record.dtype)
+        self.record.assign_add(keras.ops.concatenate([samples * row, row]))
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: a step of one's own may call it on all metrics."""
+
+    def reset_state(self) -> None:
+        """Sets what was recorded to zero, and nothing else.
+
+        Keras calls this at the start of each epoch and of each evaluation.
+        """
+        self.was_reset, self.was_added = True, False
+        self._folded = 0.0
+        for variable in (self.record, self._base):
+            if variable is not None:
+                variable.assign(keras.ops.zeros(variable.shape))
+
+    def result(self) -> dict[str, Any]:
+        """The recorded averages as `<name>_loss`, where they are the model's logs."""
+        if not (self.was_added if self.in_logs is None else self.in_logs):
+            return {}
+        record, size = keras.ops.convert_to_tensor(self.record), len(self.names)
+        if self._base is not None:
+            record = record + keras.ops.convert_to_tensor(self._base)
+        averages = record[:size] / record[size]
+        return {
+            f"{name}_loss": averages[k]
+            for k, name in enumerate(self.names)
+            if name not in self.tracked
+        }
+
+    def recorded(self) -> NDArray[np.float64] | None:
+        """What was recorded since the last reset: float64, shape `(2, K + 1)`; None for no batch.
+
+        The averages of the K losses over samples, and how many there were; the same over batches.
+        """
+        if self.record is None:
+            return None
+        try:
+            values = keras.ops.convert_to_numpy(self.record)
+        except TypeError as error:
+            raise ValueError(
+                "The losses were recorded under `jax.jit`, where a variable cannot keep them. Use "
+                "`stateless_call` or `stateless_combine` there, and assign the variables that it "
+                "returns to `weighting.variables`."
+            ) from error
+        record: NDArray[np.float64] = (self._folded + values.astype(np.float64)).reshape(2, -1)
+        if not record[:, -1].all():
+            return None
+        record[:, :-1] /= record[:, -1:]
+        return record
+
+    def fold(self) -> None:
+        """Keeps what is recorded on the host, so that what comes next is added to 0, exactly."""
+        if self._base is not None:
+            self._folded = self._folded + to_numpy(keras.ops.convert_to_tensor(self.record))
+            self._base.assign(self._folded)
+            self.record.assign(keras.ops.zeros(self.record.shape))
+
+
+def widest_float(*dtypes: Any) -> str:
+    """The dtype that holds values of all these, where Keras may have float32 for float64."""
+    names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
+    return "float64" if "float64" in names else keras.backend.result_type(*names)
+
+
+def to_numpy(tensor: Any) -> NDArray[Any]:
+    """The tensor as an array; of float32 for bfloat16, which NumPy does not know."""
+    if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
+        tensor = keras.ops.cast(tensor, "float32")
+    array: NDArray[Any] = keras.ops.convert_to_numpy(tensor)
+    return array
