@@ -20,7 +20,7 @@ DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
         *("assign", "compound_loss", "config", "fit", "interrupted", "logs", "models"),
-        *("own_steps", "rules", "saving", "scheduler", "state", "wiring"),
+        *("own_steps", "rules", "saving", "scheduler", "state", "windows", "wiring"),
     )
 ]
 MANUAL = ["README.md", "docs"]

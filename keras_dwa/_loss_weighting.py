@@ -77,11 +77,11 @@ class LossWeighting(AttachedRule):
         verbose: 0 or 1. 1 prints the weights that `update` sets at the end of each epoch.
 
     Raises:
-        ValueError: if a name, a base weight or `update_freq` is not as described; from `fit`, before the first
-            step if the model was not compiled with these weights, after the first two if its logs
-            lack `<name>_loss` or have other values than its compound loss got, and at the end of
-            the first epoch whose weights clearly differ from the base weights if the loss is still
-            the sum under those, or under none.
+        ValueError: if a name, a base weight or `update_freq` is not as described; from `fit`,
+            before the first step if the model was not compiled with these weights, after the first
+            two if its logs lack `<name>_loss` or have other values than its compound loss got, and
+            at the end of the first epoch whose weights clearly differ from the base weights if the
+            loss is still the sum under those, or under none.
         RuntimeError: from `fit`, if the callback is in another one at the same time, or was shown
             no model.
 

@@ -93,10 +93,11 @@ class WindowedRule(Rule):
         if not self._weights.was_reset:
             return self._add_sums()
         epoch.add(None)
-        self._messages.append(
-            "does not know the losses of the last batches of the epoch: an evaluation took their "
-            "place. In `callbacks`, list the weighting before those that evaluate."
-        )
+        if self._update_freq != "epoch":
+            self._messages.append(
+                "does not know the losses of the last batches of the epoch: an evaluation took "
+                "their place. In `callbacks`, list the weighting before those that evaluate."
+            )
 
     def _end_epoch(self, epoch: int) -> None:
         weights, batches = self._weights, self._weights.epoch.batches
