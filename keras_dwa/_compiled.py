@@ -121,31 +121,27 @@ def fixed_part(model: keras.Model, logs: Mapping[str, float], weights: LossWeigh
     return part
 
 
-def epoch_sums(model: keras.Model, weights: LossWeights) -> Vector | None:
-    """The sums of the losses over the batches of the epoch under way, and how much those count.
+def new_sums(model: keras.Model, weights: LossWeights) -> tuple[Vector | None, bool]:
+    """What came to the sums of the losses in the epoch under way since the last call.
 
-    Those that Keras takes its averages from, or that a compound loss recorded. That of a single
-    output is weighted.
+    They are those that Keras takes its averages from, or that a compound loss recorded.
 
     Returns:
-        A float64 array of shape `(K + 1,)`; None if there are none.
+        The sums, each loss times how much its batch counts, then those counts: a float64 array of
+        shape `(K + 1,)`, None if they are not known; and whether the losses are weighted.
     """
     if weights.in_logs:
-        recorded = weights.recorded()
-        if recorded is None:
-            return None
-        *averages, count = recorded[0]
-        return np.array([*(average * count for average in averages), count])
+        return weights.take(weights.values_of_record()[: len(weights.names) + 1]), False
     means = {m.name: m for m in model.metrics if isinstance(m, keras.metrics.Mean)}
     keys = [f"{name}_loss" for name in weights.names]
-    if len(keys) == 1 and keys[0] not in means:
-        keys = ["loss"]
+    is_alone = len(keys) == 1 and keys[0] not in means
+    keys = ["loss"] if is_alone else keys
     if not means.keys() >= set(keys):
-        return None
+        return None, is_alone
     variables = [*(means[key].total for key in keys), means[keys[0]].count]
     # `stack` refuses some variables of TensorFlow's.
     rows = [keras.ops.reshape(variable, (1,)) for variable in variables]
-    return to_numpy(keras.ops.concatenate(rows)).astype(np.float64)
+    return weights.take(to_numpy(keras.ops.concatenate(rows)).astype(np.float64)), is_alone
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:

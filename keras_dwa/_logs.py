@@ -38,6 +38,15 @@ def losses_of(logs: Logs, names: Sequence[str], had: Vector, prefix: str = "") -
     return losses / np.where(had == 0, np.nan, had)
 
 
+def epoch_losses(logs: Logs, weights: LossWeights) -> Vector:
+    """The outputs' unweighted losses in the epoch that ends: float64, shape `(K,)`."""
+    had = weights.epoch
+    losses = losses_of(logs, weights.names, had.mean())
+    if _keys(logs, weights.names, "") == ["loss"] and not had.is_constant and had.is_summed:
+        losses = had.sums[:-1] / had.sums[-1]
+    return losses
+
+
 def _keys(logs: Logs, names: Sequence[str], prefix: str) -> list[str]:
     keys = [f"{prefix}{name}_loss" for name in names]
     # Keras logs the loss of a single output as `loss` alone.
@@ -89,8 +98,7 @@ def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
         What there is to warn of.
     """
     names, had = weights.names, weights.epoch
-    mean = had.mean()
-    losses = losses_of(logs, names, mean)
+    mean, losses = had.mean(), epoch_losses(logs, weights)
     logs.update({f"{name}_weight": weight for name, weight in weights.by_name(mean).items()})
     if "loss" in logs:
         # Another weighting, of other losses of the model, may have begun it.

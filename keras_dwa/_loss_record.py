@@ -28,6 +28,8 @@ class LossRecord(keras.metrics.Metric):
         tracked: the outputs whose losses the model logs by metrics of its own.
         was_reset: whether the record was reset since the epoch began.
         was_added: whether `add` was called since the record was reset, be it in a trace.
+        taken: of the sums of the epoch, what `take` was given last. Shape `(K + 1,)`.
+        lost: whether a reset came since then.
     """
 
     def __init__(self, names: Sequence[str], has_windows: bool) -> None:
@@ -36,11 +38,12 @@ class LossRecord(keras.metrics.Metric):
         self.record: Any = None
         # What `fold` took out of the record: for the logs, and exactly, on the host.
         self._base: Any = None
-        self._folded: Any = 0.0
+        self._folded = np.zeros(2 * len(self.names) + 2)
         self.called = False
         self.in_logs: bool | None = None
         self.tracked: frozenset[str] = frozenset()
-        self.was_reset = self.was_added = False
+        self.was_reset = self.was_added = self.lost = False
+        self.taken = np.zeros(len(self.names) + 1)
 
     def start_recording(self) -> None:
         """Makes the variable that `add` records in."""
@@ -66,10 +69,18 @@ class LossRecord(keras.metrics.Metric):
     def reset_state(self) -> None:
         """Sets what was recorded to zero, and nothing else.
 
-        Keras calls this at the start of each epoch and of each evaluation.
+        Keras calls this at the start of each epoch and of each evaluation, when it resets what it
+        sums up itself.
         """
+        self.forget()
+        self.lost, self.taken = True, np.zeros_like(self.taken)
+
+    def forget(self) -> None:
+        """Sets what was recorded to zero."""
         self.was_reset, self.was_added = True, False
-        self._folded = 0.0
+        self._folded = np.zeros_like(self._folded)
+        if self.in_logs:
+            self.taken = np.zeros_like(self.taken)
         for variable in (self.record, self._base):
             if variable is not None:
                 variable.assign(keras.ops.zeros(variable.shape))
@@ -88,6 +99,25 @@ class LossRecord(keras.metrics.Metric):
             if name not in self.tracked
         }
 
+    def take(self, sums: NDArray[np.float64]) -> NDArray[np.float64] | None:
+        """What came to the sums of the epoch since the last call; None if a reset took some."""
+        with np.errstate(invalid="ignore"):
+            new: NDArray[np.float64] = sums - self.taken
+        was_lost, self.taken, self.lost = self.lost, sums, False
+        return None if was_lost else new
+
+    def values_of_record(self) -> NDArray[np.float64]:
+        """The record since it was folded, or reset: float64, shape `(2K + 2,)`."""
+        try:
+            values: NDArray[np.float64] = keras.ops.convert_to_numpy(self.record).astype(np.float64)
+        except TypeError as error:
+            raise ValueError(
+                "The losses were recorded under `jax.jit`, where a variable cannot keep them. Use "
+                "`stateless_call` or `stateless_combine` there, and assign the variables that it "
+                "returns to `weighting.variables`."
+            ) from error
+        return values
+
     def recorded(self) -> NDArray[np.float64] | None:
         """What was recorded since the last reset: float64, shape `(2, K + 1)`; None for no batch.
 
@@ -95,26 +125,32 @@ class LossRecord(keras.metrics.Metric):
         """
         if self.record is None:
             return None
-        try:
-            values = keras.ops.convert_to_numpy(self.record)
-        except TypeError as error:
-            raise ValueError(
-                "The losses were recorded under `jax.jit`, where a variable cannot keep them. Use "
-                "`stateless_call` or `stateless_combine` there, and assign the variables that it "
-                "returns to `weighting.variables`."
-            ) from error
-        record: NDArray[np.float64] = (self._folded + values.astype(np.float64)).reshape(2, -1)
+        record = (self._folded + self.values_of_record()).reshape(2, -1)
         if not record[:, -1].all():
             return None
         record[:, :-1] /= record[:, -1:]
         return record
 
     def fold(self) -> None:
-        """Keeps what is recorded on the host, so that what comes next is added to 0, exactly."""
+        """Takes what is recorded out of the record, so that what comes next is added to 0."""
         if self._base is not None:
-            self._folded = self._folded + to_numpy(keras.ops.convert_to_tensor(self.record))
-            self._base.assign(self._folded)
-            self.record.assign(keras.ops.zeros(self.record.shape))
+            self._folded = self._folded + self.values_of_record()
+            self._assign_folded()
+
+    def restore(self) -> None:
+        """Takes it out once more, where Keras put it back.
+
+        On JAX it does so with what was assigned as a batch began, if the data then had none.
+        """
+        if self._base is not None:
+            folded = self._folded.astype(self._base.dtype)
+            if not np.array_equal(keras.ops.convert_to_numpy(self._base), folded, equal_nan=True):
+                self._assign_folded()
+
+    def _assign_folded(self) -> None:
+        self._base.assign(self._folded)
+        self.record.assign(keras.ops.zeros(self.record.shape))
+        self.taken = np.zeros_like(self.taken)
 
 
 def widest_float(*dtypes: Any) -> str:

@@ -15,7 +15,7 @@ from keras_dwa._logs import (
     add_to_logs,
     check_base_loss,
     check_logs,
-    losses_of,
+    epoch_losses,
     print_weights,
     weighted_parts,
 )
@@ -118,13 +118,14 @@ class LossWeighting(AttachedRule):
         verbose: int = 0,
     ) -> None:
         super().__init__(outputs, update_freq, verbose)
-        self._first_period = 0
+        self._is_short = False
         self._is_start = False
         self._looks_static = np.array([True, True])
         self._own_steps = OwnSteps(self._weights)
 
     def reset(self) -> None:
         super().reset()
+        self._is_short = False
         self._looks_static = np.array([True, True])
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
@@ -132,7 +133,6 @@ class LossWeighting(AttachedRule):
         check_model(self.model, self._weights)
         self._thread = threading.get_ident()
         self._is_start = True
-        self._first_period = self._weights.state.periods
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         check_one_fit(self._thread, self)
@@ -142,13 +142,12 @@ class LossWeighting(AttachedRule):
             self._messages += start_messages(weights, self._is_new, epoch)
         self._is_new, weights.file = False, None
         weights.state = replace(weights.state, epochs=epoch)
-        is_weighted = len(weights.names) == 1 and not weights.in_logs
-        weights.epoch = EpochWeights(weights.assigned, is_weighted)
+        weights.epoch = EpochWeights(weights.assigned)
         self._begin_epoch()
         by_step = weights.in_logs and has_own(self.model, "train_step")
         self._own_steps = OwnSteps(weights, by_step or bool(weights.tracked))
         weights.reset_state()  # As Keras did, unless the model's `metrics` hides it.
-        weights.was_reset = False
+        weights.was_reset = weights.lost = False
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
@@ -156,7 +155,7 @@ class LossWeighting(AttachedRule):
             self._check_first_batches()
         self._check_terms(batch)
         if not self._weights.epoch.is_open:
-            self._open_window(batch)
+            self._begin_first_batch(batch)
         self._weights.epoch.begin(batch)
         if self._is_over(batch):
             self._add_sums()
@@ -170,7 +169,9 @@ class LossWeighting(AttachedRule):
             check_base_loss(logs)
             check_logs(logs, weights.names, epoch.weights, self._own_steps.expected)
         self._own_steps.add_logs(batch + 1, logs or {})
-        epoch.end(batch)
+        # Where a call of several steps is not full, Keras numbers those, too, that it lacks.
+        steps = (self.params or {}).get("steps")
+        epoch.end(batch if steps is None else min(batch, steps - 1))
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
         # Before validation records, too.
@@ -196,7 +197,7 @@ class LossWeighting(AttachedRule):
         self._check_terms()
         logs.update(self._own_steps.missing(logs, weights.epoch.batches))
         check_logs(logs, weights.names, mean)
-        losses = losses_of(logs, weights.names, mean)
+        losses = epoch_losses(logs, weights)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
         if weights.epoch.is_constant or weights.epoch.is_summed:
@@ -218,8 +219,9 @@ class LossWeighting(AttachedRule):
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         self._thread = None
         self._assigned = {}
-        state = self._weights.state
-        self._messages += window_messages(state, self._first_period, self._update_freq)
+        if not self._is_short:
+            self._messages += window_messages(self._weights.state, self._update_freq)
+            self._is_short = bool(self._messages)
         self._warn()
 
     def _check_first_batches(self) -> None:

@@ -169,6 +169,11 @@ class LossWeights(LossRecord):
         state = State(np.ones(size), {}, epochs=0, periods=0, window=np.zeros(size + 2))
         self.replace(state, forget_record=True)
 
+    def restore(self) -> None:
+        super().restore()
+        if not np.array_equal(self.values(), self.assigned):
+            self.vector.assign(self.assigned)
+
     def replace(self, state: State, forget_record: bool = False) -> None:
         """Goes over to `state`: as a whole, even on Ctrl-C."""
         try:
@@ -187,7 +192,7 @@ class LossWeights(LossRecord):
         self.state = state
         if forget_record:
             self.called = False
-            self.reset_state()
+            self.forget()
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into a weights file."""

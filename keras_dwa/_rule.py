@@ -18,7 +18,7 @@ from keras_dwa._arguments import (
     check_outputs,
     check_update_freq,
 )
-from keras_dwa._compiled import epoch_sums
+from keras_dwa._compiled import new_sums
 from keras_dwa._loss_weights import LossWeight, LossWeights
 from keras_dwa._wiring import check_no_fit, put_back
 
@@ -66,10 +66,12 @@ class BoundCallback(keras.callbacks.Callback):
         """Adds the batches of the epoch under way so far, if any, to the sums of their losses."""
         if self._weights.epoch.is_open:
             self._sync()
-            self._weights.epoch.add(epoch_sums(self.model, self._weights))
+            self._weights.epoch.add(*new_sums(self.model, self._weights))
 
     def _warn(self) -> None:
         messages, self._messages = self._messages, []
+        if len(messages) > 5:
+            messages[5:] = [f"has {len(messages) - 5} more messages of this epoch."]
         if messages:
             name = type(self).__name__
             warnings.warn("\n".join(f"{name} {message}" for message in messages), stacklevel=3)
@@ -240,11 +242,9 @@ class Rule(BoundCallback):
         A rule with arguments of its own adds them, and is registered by
         `keras.saving.register_keras_serializable`.
         """
-        return {
-            "outputs": dict(self.base_weights),
-            "update_freq": self._update_freq,
-            "verbose": self.verbose,
-        }
+        config = {"outputs": dict(self.base_weights), "verbose": self.verbose}
+        windows = {} if self._update_freq == "epoch" else {"update_freq": self._update_freq}
+        return {**config, **windows}
 
     def _close_period(
         self, period: int, logs: Mapping[str, float], forget_record: bool, **changes: Any

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from keras_dwa._compiled import new_sums
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._rule import Rule
 
@@ -42,17 +43,26 @@ class WindowedRule(Rule):
         self._begin_epoch()
 
     def reset(self) -> None:
+        self._add_sums()
         super().reset()
         self._windows.clear()
+        self._open_window(self._weights.epoch.begun)
 
     def _begin_epoch(self) -> None:
         """The window under way goes on in a new epoch."""
-        self._is_complete = False
+        self._completed = -1
         self._open_window(0)
 
     def _open_window(self, batches: int) -> None:
         """The window under way, or its part in this epoch, begins after so many batches of it."""
-        self._opened, self._offset = batches, self._weights.epoch.sums.copy()
+        self._opened, self._weights.epoch.part = batches, np.zeros(len(self.outputs) + 1)
+
+    def _begin_first_batch(self, batch: int) -> None:
+        self._open_window(batch)
+        if self._weights.lost and self._update_freq != "epoch":
+            # Other calls since Keras began the epoch: what there is, is not of its batches.
+            self._sync()
+            new_sums(self.model, self._weights)
 
     @property
     def windows(self) -> list[Window]:
@@ -68,7 +78,7 @@ class WindowedRule(Rule):
 
     def _window(self, batches: int) -> Vector:
         """What `State.window` would be after so many batches of the epoch."""
-        part = np.append(self._weights.epoch.sums - self._offset, batches - self._opened)
+        part = np.append(self._weights.epoch.part, max(0, batches - self._opened))
         window: Vector = self._weights.state.window + part
         return window
 
@@ -76,27 +86,30 @@ class WindowedRule(Rule):
         weights, state = self._weights, self._weights.state
         *sums, count, of_batches = self._window(batches)
         losses = weights.by_name(np.array(sums) / (count or np.nan))
+        closed = Window(int(of_batches), losses, weights.by_name(weights.epoch.weights))
         logs = {f"{name}_loss": loss for name, loss in losses.items()}
-        had = weights.by_name(weights.epoch.weights)
-        self._windows.append(Window(int(of_batches), losses, had))
         window, periods = np.zeros_like(state.window), state.periods + 1
         self._close_period(state.periods, logs, False, periods=periods, window=window)
+        self._windows.append(closed)
         weights.fold()
         self._open_window(batches)
 
     def _complete_sums(self) -> None:
         """Adds the last batches of an epoch to the sums, unless another call took their losses."""
-        epoch = self._weights.epoch
-        if self._is_complete or (self._update_freq == "epoch" and epoch.is_constant):
+        weights, epoch = self._weights, self._weights.epoch
+        is_needed = self._update_freq != "epoch" or not epoch.is_constant
+        if not epoch.is_open or not is_needed or self._completed == epoch.begun:
             return
-        self._is_complete = True
-        if not self._weights.was_reset:
-            return self._add_sums()
-        epoch.add(None)
+        self._completed = epoch.begun
+        is_lost = weights.lost
         if self._update_freq != "epoch":
+            self._sync()
+            weights.restore()
+        self._add_sums()
+        if is_lost and self._update_freq != "epoch":
             self._messages.append(
-                "does not know the losses of the last batches of the epoch: an evaluation took "
-                "their place. In `callbacks`, list the weighting before those that evaluate."
+                "does not know the losses of some batches of the epoch: an evaluation took their "
+                "place. In `callbacks`, list the weighting before those that evaluate."
             )
 
     def _end_epoch(self, epoch: int) -> None:

@@ -208,7 +208,7 @@ def check_effect(
         The `looks_static` of the next epoch.
     """
     static = np.array([weights.base_weights @ losses, losses.sum()])
-    if not np.isfinite([total, *static]).all():
+    if not np.isfinite([total, weighted, *static]).all():
         return looks_static
     looks_static = looks_static & np.isclose(total, static, rtol=1e-5, atol=0.0)
     ignored = looks_static & ~np.isclose(weighted, static, rtol=1e-3, atol=0.0)
@@ -274,15 +274,14 @@ def no_batch_message(epoch: int) -> str:
     )
 
 
-def window_messages(state: State, first: int, update_freq: Any) -> list[str]:
-    """What there is to warn of where a `fit` that began with window `first` ends.
+def window_messages(state: State, update_freq: Any) -> list[str]:
+    """What there is to warn of where a `fit` ends.
 
     Args:
         state: that of the weights.
-        first: how many windows were closed before.
         update_freq: how many batches a window has, or "epoch".
     """
-    if update_freq == "epoch" or state.periods > first or state.window[-1] == 0:
+    if update_freq == "epoch" or state.periods > 0 or state.window[-1] == 0:
         return []
     return [
         f"moved no weight: `update_freq={update_freq}` batches are more than the "

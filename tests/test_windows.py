@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -145,6 +146,10 @@ def test_window_closes_at_the_first_call_that_has_seen_its_batches(way):
     dwa = DynamicWeightAverage(NAMES, 0.2, update_freq=5)
     fit(make(way, dwa, {"steps_per_execution": 2}), dwa, batch_size=4, epochs=3)
     assert [window.batches for window in dwa.windows] == [6] * 5
+    # Calls of 2, 2 and 1 batches.
+    dwa = DynamicWeightAverage(NAMES, 0.2, update_freq=3)
+    fit(make(way, dwa, {"steps_per_execution": 2}), dwa, epochs=4)
+    assert [window.batches for window in dwa.windows] == [4, 3, 3, 4, 3, 3]
 
 
 def test_validation_and_evaluations_leave_windows_alone(way):
@@ -276,14 +281,22 @@ def test_ignored_weights_are_found_in_windows_too():
 def test_single_output_in_windows():
     inputs, outputs = heads()
     model = keras.Model(inputs, outputs["easy"])
+    squares = (np.asarray(model.predict(X, verbose=0)) - Y["easy"]) ** 2
     halving = LossWeightScheduler(["easy"], lambda period, factors: {"easy": 0.5**period}, 2)
-    model.compile("sgd", {"easy": "mse"}, loss_weights=halving.loss_weights)
+    still = keras.optimizers.SGD(0.0)
+    model.compile(still, {"easy": "mse"}, loss_weights=halving.loss_weights)
     history = model.fit(
         X, Y["easy"], batch_size=BATCH, epochs=2, shuffle=False, verbose=0, callbacks=[halving]
     ).history
     expected = np.array([0.5 ** (batch // 2) for batch in range(10)]).reshape(2, 5)
     np.testing.assert_allclose(history["easy_weight"], expected.mean(1), rtol=1e-6)
-    assert all(window.losses["easy"] > 0 for window in halving.windows)
+    np.testing.assert_allclose(
+        history["base_loss"], np.mean([squares.mean() for _ in range(2)]), rtol=1e-5
+    )
+    for k, window in enumerate(halving.windows):
+        batches = [b % 5 for b in (2 * k, 2 * k + 1)]
+        expected = np.mean([squares[8 * b : 8 * b + 8].mean() for b in batches])
+        np.testing.assert_allclose(window.losses["easy"], expected, rtol=1e-5)
 
 
 def test_nan_in_a_window_holds_the_weights_and_is_named(way):
@@ -316,6 +329,126 @@ def test_evaluation_before_the_callback_costs_the_sums_of_the_epochs_end_alone()
         fit(model, look, dwa, epochs=3)
     assert [window.batches for window in dwa.windows] == [4, 4, 4]
     assert all(math.isfinite(loss) for window in dwa.windows for loss in window.losses.values())
+
+
+@pytest.mark.parametrize("update_freq", ["epoch", 2])
+def test_one_output_beside_a_number(update_freq):
+    class Double(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            weighting.assign({"easy": 1.0 + batch})
+
+    weighting = LossWeighting({"easy": 4.0}, update_freq)
+    model = dict_model()
+    weights = {**weighting.loss_weights, "hard": 0.5}
+    model.compile(keras.optimizers.SGD(0.0), LOSSES, loss_weights=weights)
+    history = fit(model, weighting, Double(), epochs=2)
+    base = 4 * np.array(history["easy_loss"]) + 0.5 * np.array(history["hard_loss"])
+    np.testing.assert_allclose(history["base_loss"], base, rtol=1e-5)
+
+
+def test_single_output_that_is_off_in_some_windows_is_no_alarm():
+    inputs, outputs = heads()
+    model = keras.Model(inputs, outputs["easy"])
+    blinking = LossWeightScheduler(["easy"], lambda period, _: {"easy": 2.0 * (period % 2)}, 1)
+    model.compile("sgd", {"easy": "mse"}, loss_weights=blinking.loss_weights)
+    model.fit(X, Y["easy"], batch_size=BATCH, epochs=2, verbose=0, callbacks=[blinking])
+    losses = [window.losses["easy"] for window in blinking.windows]
+    assert [math.isfinite(loss) for loss in losses] == [False, True] * 5
+
+
+def test_data_that_ends_as_a_window_closes(way):
+    """On JAX, Keras then puts back what was assigned as a batch began that there is not."""
+
+    def batches():
+        for start in range(0, SAMPLES, BATCH):
+            some = slice(start, start + BATCH)
+            yield X[some], {name: target[some] for name, target in Y.items()}
+
+    keras.utils.set_random_seed(0)
+    dwa = DynamicWeightAverage(BASE, 0.2, update_freq=5)
+    model = make(way, dwa)
+    histories = []
+    for _ in range(4):
+        arguments = {"validation_data": (X, Y), "validation_batch_size": BATCH, "shuffle": False}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Your input ran out of data")
+            fitted = model.fit(batches(), epochs=1, verbose=0, callbacks=[dwa], **arguments)
+        histories.append(fitted.history)
+    for history in histories:
+        base = sum(BASE[name] * history[f"val_{name}_loss"][0] for name in NAMES)
+        np.testing.assert_allclose(history["val_base_loss"], [base], rtol=1e-5)
+        if BACKEND != "tensorflow":  # Where Keras counts a batch more in the parts than there was.
+            base = sum(BASE[name] * history[f"{name}_loss"][0] for name in NAMES)
+            np.testing.assert_allclose(history["base_loss"], [base], rtol=1e-5)
+    assert [window.batches for window in dwa.windows] == [5] * 4
+    for window, history in zip(dwa.windows, histories, strict=True):
+        for name in NAMES:
+            np.testing.assert_allclose(window.losses[name], history[f"{name}_loss"], rtol=1e-4)
+    assert {k: float(w) for k, w in dwa.loss_weights.items()} == pytest.approx(
+        {name: BASE[name] * factor for name, factor in dwa.factors.items()}, rel=1e-5
+    )
+
+
+def test_windows_after_one_of_nan_are_their_own_with_a_compound_loss():
+    class Nan(ComputeLoss):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            nothing = 0.0 * sum(keras.ops.mean(output) for output in y_pred.values())
+            easy = keras.ops.mean(y["easy"]) + nothing
+            return self.compound.combine({"easy": easy, "hard": keras.ops.mean(y["hard"] ** 2)})
+
+    dwa = DynamicWeightAverage(NAMES, update_freq=1)
+    poisoned = {**Y, "easy": np.where(np.arange(SAMPLES)[:, None] < 8, np.nan, 1.0)}
+    model = Nan(dwa)
+    model.compile(keras.optimizers.SGD(0.0))
+    with pytest.warns(UserWarning, match="the window is left out") as warned:
+        model.fit(X, poisoned, batch_size=BATCH, shuffle=False, verbose=0, callbacks=[dwa])
+    losses = [window.losses["easy"] for window in dwa.windows]
+    np.testing.assert_allclose(losses, [np.nan, 1, 1, 1, 1], rtol=1e-6)
+    assert our_messages(warned)[0].count("left out") == 1
+
+
+def test_many_messages_of_an_epoch_are_cut():
+    dwa = DynamicWeightAverage(NAMES, update_freq=1)
+    poisoned = {**Y, "easy": np.full_like(Y["easy"], np.nan)}
+    model = make("compile", dwa, optimizer=keras.optimizers.SGD(0.0))
+    with pytest.warns(UserWarning, match="has 35 more messages of this epoch") as warned:
+        model.fit(X, poisoned, batch_size=1, verbose=0, callbacks=[dwa])
+    assert our_messages(warned)[0].count("left out") == 5
+
+
+@pytest.mark.parametrize("call", ["evaluate", "reset_metrics", "reset"])
+def test_calls_as_an_epoch_begins_leave_its_windows_alone(call):
+    dwa = DynamicWeightAverage(NAMES, 0.2, update_freq=3)
+    model = make("compile", dwa, optimizer=keras.optimizers.SGD(0.0))
+
+    def begin(epoch, logs):
+        if call == "evaluate":
+            model.evaluate(X, Y, verbose=0)
+            model.reset_metrics()
+        elif call == "reset":
+            dwa.reset()
+        else:
+            model.reset_metrics()
+
+    look = keras.callbacks.LambdaCallback(on_epoch_begin=begin)
+    model.evaluate(X, Y, batch_size=SAMPLES, verbose=0, callbacks=[dwa])
+    history = fit(model, dwa, look, epochs=1)
+    (window,) = dwa.windows
+    assert window.batches == 3
+    for name in NAMES:
+        tail = dwa._weights.state.window[NAMES.index(name)]
+        count = dwa._weights.state.window[2]
+        whole = (3 * window.losses[name] + 2 * tail / count) / 5
+        np.testing.assert_allclose(whole, history[f"{name}_loss"][0], rtol=1e-5)
+
+
+def test_reset_within_an_epoch_begins_a_window():
+    dwa = DynamicWeightAverage(NAMES, 0.2, update_freq=3)
+    reset = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: batch == 2 and dwa.reset()
+    )
+    fit(make("compile", dwa), dwa, reset, epochs=1)
+    assert [window.batches for window in dwa.windows] == [3]
 
 
 @one_backend
