@@ -1,7 +1,6 @@
 """Which model a weighting is attached to."""
 
 import weakref
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,14 +13,8 @@ from keras_dwa._wiring import RETURN_MESSAGE, attach, check_model, check_once, i
 class AttachedRule(WindowedRule):
     """A rule whose weights are those of one model at a time: it starts afresh with each new one."""
 
-    def __init__(
-        self,
-        outputs: Sequence[str] | Mapping[str, float],
-        update_freq: str | int = "epoch",
-        verbose: int = 0,
-    ) -> None:
-        super().__init__(outputs, update_freq, verbose)
-        self._is_new = False
+    # Whether an epoch has not begun since it started afresh.
+    _is_new = False
 
     def reset(self) -> None:
         super().reset()
