@@ -48,6 +48,16 @@ class WindowedRule(Rule):
         self._windows.clear()
         self._open_window(self._weights.epoch.begun)
 
+    def _add_sums(self) -> None:
+        epoch = self._weights.epoch
+        was_summed = epoch.is_summed
+        super()._add_sums()
+        if was_summed and not epoch.is_summed and self._update_freq != "epoch":
+            self._messages.append(
+                "does not know the losses of some batches of the epoch: an evaluation took their "
+                "place. In `callbacks`, list the weighting before those that evaluate."
+            )
+
     def _begin_epoch(self) -> None:
         """The window under way goes on in a new epoch."""
         self._completed = -1
@@ -95,22 +105,16 @@ class WindowedRule(Rule):
         self._open_window(batches)
 
     def _complete_sums(self) -> None:
-        """Adds the last batches of an epoch to the sums, unless another call took their losses."""
+        """Adds the last batches of an epoch to the sums."""
         weights, epoch = self._weights, self._weights.epoch
         is_needed = self._update_freq != "epoch" or not epoch.is_constant
         if not epoch.is_open or not is_needed or self._completed == epoch.begun:
             return
         self._completed = epoch.begun
-        is_lost = weights.lost
         if self._update_freq != "epoch":
             self._sync()
             weights.restore()
         self._add_sums()
-        if is_lost and self._update_freq != "epoch":
-            self._messages.append(
-                "does not know the losses of some batches of the epoch: an evaluation took their "
-                "place. In `callbacks`, list the weighting before those that evaluate."
-            )
 
     def _end_epoch(self, epoch: int) -> None:
         weights, batches = self._weights, self._weights.epoch.batches

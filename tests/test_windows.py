@@ -333,6 +333,17 @@ def test_evaluation_before_the_callback_costs_the_sums_of_the_epochs_end_alone()
     assert all(math.isfinite(loss) for window in dwa.windows for loss in window.losses.values())
 
 
+def test_evaluation_within_an_epoch_is_warned_of():
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch == 1:
+                self.model.evaluate(X, Y, verbose=0)
+
+    dwa = DynamicWeightAverage(NAMES, 0.2, update_freq=4)
+    with pytest.warns(UserWarning, match="an evaluation took their place"):
+        fit(make("compile", dwa), dwa, Look(), epochs=1)
+
+
 @pytest.mark.parametrize("update_freq", ["epoch", 2])
 def test_one_output_beside_a_number(update_freq):
     class Double(keras.callbacks.Callback):
