@@ -95,7 +95,7 @@ def test_step_is_compiled_as_often_as_with_static_weights(
         return counts
 
     if BACKEND == "jax":
-        # The small functions that a process compiles once, those that read the sums of windows, too.
+        # The small functions that a process compiles once, and those that read windows' sums.
         compilations(DynamicWeightAverage(["easy", "hard"], 0.2, update_freq))
     moving = compilations(DynamicWeightAverage(["easy", "hard"], 0.2, update_freq))
     assert moving[0] > 0
