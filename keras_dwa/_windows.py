@@ -117,7 +117,13 @@ class WindowedRule(Rule):
         self._add_sums()
 
     def _end_epoch(self, epoch: int) -> None:
-        weights, batches = self._weights, self._weights.epoch.batches
+        weights, begun = self._weights, self._weights.epoch.begun
+        # Keras before 3.11 gives the end of a call of several steps the number of its first; later,
+        # one that is not full has those, too, that it lacks. One may have begun without data.
+        has_ended = weights.epoch.batches > begun
+        batches = begun + self.model.steps_per_execution if has_ended else begun
+        steps = (self.params or {}).get("steps")
+        batches = batches if steps is None else min(batches, steps)
         if self._is_over(batches):
             self._close_window(batches)
             window = weights.state.window

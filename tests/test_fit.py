@@ -72,6 +72,8 @@ def test_step_is_compiled_as_often_as_with_static_weights(
 ):
     if BACKEND == "torch" and jit_compile == "auto":
         pytest.skip("Keras compiles nothing on torch unless jit_compile=True")
+    if keras.__version__.startswith("3.10.") and update_freq != "epoch":
+        pytest.skip("Keras 3.10 compiles once more for what is assigned within an epoch first")
     if BACKEND == "torch" and update_freq == "epoch":
         pytest.skip("for time: windows close at the ends of epochs, too")
 
