@@ -118,8 +118,8 @@ class WindowedRule(Rule):
 
     def _end_epoch(self, epoch: int) -> None:
         weights, begun = self._weights, self._weights.epoch.begun
-        # Keras before 3.11 gives the end of a call of several steps the number of its first; later,
-        # one that is not full has those, too, that it lacks. One may have begun without data.
+        # Keras 3.10 gives the end of a call of several steps the number of its first; in 3.15, one
+        # that is not full has those, too, that it lacks. One may have begun without data.
         has_ended = weights.epoch.batches > begun
         batches = begun + self.model.steps_per_execution if has_ended else begun
         steps = (self.params or {}).get("steps")
