@@ -13,7 +13,7 @@ from keras_dwa._wiring import RETURN_MESSAGE, attach, check_model, check_once, i
 class AttachedRule(WindowedRule):
     """A rule whose weights are those of one model at a time: it starts afresh with each new one."""
 
-    # Whether an epoch has not begun since it started afresh.
+    # Whether no epoch has begun since it started afresh.
     _is_new = False
 
     def reset(self) -> None:

@@ -10,13 +10,14 @@ from processes import succeeds
 
 
 @pytest.mark.skipif(keras.backend.backend() != "jax", reason="says nothing about a backend")
-def test_import_brings_in_keras_and_numpy_only():
+def test_import_brings_in_keras_and_numpy_only_and_shows_public_names_only():
     # Not forked: the process must have imported nothing else before.
     code = """
 import sys, keras
 before = set(sys.modules)
 import keras_dwa
 print(*{name.partition(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names)
+assert [name for name in dir(keras_dwa) if name[0] != "_"] == sorted(keras_dwa.__all__)
 """
     brought_in = subprocess.run(
         [sys.executable, "-c", code], env=os.environ, capture_output=True, text=True, check=True
