@@ -80,21 +80,20 @@ def check_factors(
     return np.array(list(factors.values()))
 
 
-def check_losses(losses: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """The averages given to `step` as floats by output name, in the order of `names`."""
+def check_losses(losses: Mapping[str, Any], names: Sequence[str]) -> Vector:
+    """The averages given to `step`, in the order of `names`: float64, shape `(K,)`."""
     if set(losses) != set(names):
         raise ValueError(
             f"`step` takes one loss per output of {list(names)}. Found {list(losses)}."
         )
-    floats = {}
-    for name in names:
-        if (value := as_float(losses[name])) is None:
-            raise ValueError(
-                "`step` takes the average of each loss over the epoch, a real number or a scalar "
-                f"tensor. Found {losses[name]!r} for {name!r}."
-            )
-        floats[name] = value
-    return floats
+    averages = [as_float(losses[name]) for name in names]
+    if None in averages:
+        name = names[averages.index(None)]
+        raise ValueError(
+            "`step` takes the average of each loss over the epoch, a real number or a scalar "
+            f"tensor. Found {losses[name]!r} for {name!r}."
+        )
+    return np.array(averages, dtype=np.float64)
 
 
 def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ class AttachedRule(WindowedRule):
 
     # Whether no epoch has begun since it started afresh.
     _is_new = False
+    # Whether the model was given in torch's `DistributedDataParallel`: in a loop of the user's own.
+    _is_wrapped = False
 
     def reset(self) -> None:
         super().reset()
@@ -26,6 +28,10 @@ class AttachedRule(WindowedRule):
 
     def set_model(self, model: keras.Model) -> None:
         weights = self._weights
+        plain = keras.callbacks.Callback()
+        plain.set_model(model)
+        # What torch's `DistributedDataParallel` wraps, where that is given.
+        self._is_wrapped, model = plain.model is not model, plain.model
         check_model(model, weights, in_fit=False)
         # With a compound loss, the weights may enter through the model's own step instead.
         weights.in_logs = weights.record is not None and not is_compiled_with(model, weights)

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dwa._distributed import total_in_fit
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._keras_internals import compiled_loss_weights
 from keras_dwa._loss_record import to_numpy
@@ -131,7 +132,8 @@ def new_sums(model: keras.Model, weights: LossWeights) -> tuple[Vector | None, b
         shape `(K + 1,)`, None if they are not known; and whether the losses are weighted.
     """
     if weights.in_logs:
-        return weights.take(weights.values_of_record()[: len(weights.names) + 1]), False
+        recorded = weights.values_of_record()[: len(weights.names) + 1]
+        return weights.take(total_in_fit(recorded, model, weights)), False
     means = {m.name: m for m in model.metrics if isinstance(m, keras.metrics.Mean)}
     keys = [f"{name}_loss" for name in weights.names]
     is_alone = len(keys) == 1 and keys[0] not in means
@@ -141,7 +143,8 @@ def new_sums(model: keras.Model, weights: LossWeights) -> tuple[Vector | None, b
     variables = [*(means[key].total for key in keys), means[keys[0]].count]
     # `stack` refuses some variables of TensorFlow's.
     rows = [keras.ops.reshape(variable, (1,)) for variable in variables]
-    return weights.take(to_numpy(keras.ops.concatenate(rows)).astype(np.float64)), is_alone
+    sums = to_numpy(keras.ops.concatenate(rows)).astype(np.float64)
+    return weights.take(total_in_fit(sums, model, weights)), is_alone
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:

@@ -1,5 +1,6 @@
 """What a compound loss records, in a metric that a model tracks."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,13 +56,18 @@ class LossRecord(keras.metrics.Metric):
             self._base = self.add_variable((size,), "zeros", dtype, name="record_before")
 
     def add(self, losses: Any, samples: Any) -> None:
-        """Records losses, a tensor of shape `(K,)`, that are the average over some samples."""
+        """Records losses, a tensor of shape `(K,)`, that are the average over some samples.
+
+        As Keras has them where TensorFlow runs the step in several replicas and adds up the losses:
+        divided by the number of replicas.
+        """
         self.called = self.was_added = True
+        replicas = _replicas()
         one = keras.ops.ones((1,))
         values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
-        row = keras.ops.concatenate([values, one])
+        row = keras.ops.concatenate([replicas * values, one])
         samples = keras.ops.cast(samples, self.record.dtype)
-        self.record.assign_add(keras.ops.concatenate([samples * row, row]))
+        self.record.assign_add(keras.ops.concatenate([samples * row, row / replicas]))
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: a step of one's own may call it on all metrics."""
@@ -118,18 +124,13 @@ class LossRecord(keras.metrics.Metric):
             ) from error
         return values
 
-    def recorded(self) -> NDArray[np.float64] | None:
-        """What was recorded since the last reset: float64, shape `(2, K + 1)`; None for no batch.
+    def sums(self) -> NDArray[np.float64]:
+        """All that was recorded since the last reset: float64, shape `(2K + 2,)`."""
+        return self._folded if self.record is None else self._folded + self.values_of_record()
 
-        The averages of the K losses over samples, and how many there were; the same over batches.
-        """
-        if self.record is None:
-            return None
-        record = (self._folded + self.values_of_record()).reshape(2, -1)
-        if not record[:, -1].all():
-            return None
-        record[:, :-1] /= record[:, -1:]
-        return record
+    def recorded(self) -> NDArray[np.float64] | None:
+        """The `averages` of what was recorded since the last reset."""
+        return averages(self.sums())
 
     def fold(self) -> None:
         """Takes what is recorded out of the record, so that what comes next is added to 0."""
@@ -153,6 +154,17 @@ class LossRecord(keras.metrics.Metric):
         self.taken = np.zeros_like(self.taken)
 
 
+def averages(sums: NDArray[np.float64]) -> NDArray[np.float64] | None:
+    """What recorded sums come to: float64, shape `(2, K + 1)`; None for no batch.
+
+    The averages of the K losses over samples, and how many there were; the same over batches.
+    """
+    record = sums.reshape(2, -1)
+    if not record[:, -1].all():
+        return None
+    return np.hstack([record[:, :-1] / record[:, -1:], record[:, -1:]])
+
+
 def widest_float(*dtypes: Any) -> str:
     """The dtype that holds values of all these, where Keras may have float32 for float64."""
     names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
@@ -165,3 +177,10 @@ def to_numpy(tensor: Any) -> NDArray[Any]:
         tensor = keras.ops.cast(tensor, "float32")
     array: NDArray[Any] = keras.ops.convert_to_numpy(tensor)
     return array
+
+
+def _replicas() -> Any:
+    """How many replicas of the present step TensorFlow runs."""
+    is_tensorflow = keras.backend.backend() == "tensorflow"
+    tensorflow = sys.modules["tensorflow"] if is_tensorflow else None
+    return tensorflow.distribute.get_strategy().num_replicas_in_sync if tensorflow else 1

@@ -102,20 +102,23 @@ class LossWeightScheduler(LossWeighting):
         assigned = {name: self.factors[name] for name in factors}
         self._keep(self.state.get("epoch", 0), {**self._before(), **assigned})
 
-    def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
+    def step(
+        self, losses: Mapping[str, float] | None = None, *, all_ranks: bool = True
+    ) -> dict[str, float]:
         """Closes an epoch, and goes on to the factors of the next.
 
         Args:
             losses: as in `LossWeighting.step`. The schedule needs none.
+            all_ranks: as in `LossWeighting.step`.
 
         Returns:
             The weights by output name, as floats.
 
         Raises:
-            RuntimeError: within `fit`, which does it itself.
+            RuntimeError: within `fit`, which does it itself; and as in `LossWeighting.step`.
         """
         check_no_fit(self._thread)
-        super().step(losses)
+        super().step(losses, all_ranks=all_ranks)
         self._begin(int(self.state.get("epoch", -1)) + 1)
         return self._weights.by_name(self._weights.assigned)
 

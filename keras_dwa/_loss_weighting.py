@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_dwa._attached import AttachedRule
 from keras_dwa._compiled import fixed_part, has_own
+from keras_dwa._distributed import same_on_ranks
 from keras_dwa._epoch_weights import EpochWeights
 from keras_dwa._logs import (
     add_to_logs,
@@ -198,6 +199,8 @@ class LossWeighting(AttachedRule):
         logs.update(self._own_steps.missing(logs, weights.epoch.batches))
         check_logs(logs, weights.names, mean)
         losses = epoch_losses(logs, weights)
+        if self._is_wrapped:
+            losses = same_on_ranks(losses, weights)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
         if weights.epoch.is_constant or weights.epoch.is_summed:
@@ -233,5 +236,5 @@ class LossWeighting(AttachedRule):
     def _check_terms(self, batches: int | None = None) -> None:
         if self._own_steps.lacks_record(batches):
             self._sync()
-            self._own_steps.add_record(batches)
+            self._own_steps.add_record(self.model, batches)
         self._own_steps.check()

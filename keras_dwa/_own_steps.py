@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping
 
+import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_dwa._distributed import total_in_fit
+from keras_dwa._loss_record import averages
 from keras_dwa._loss_weights import LossWeights
 
 
@@ -34,16 +37,18 @@ class OwnSteps:
         """Whether to call `add_record`, for which the variables must have values."""
         return self.expected and (batches is None or len(self._recorded) < 2)
 
-    def add_record(self, batches: int | None) -> None:
+    def add_record(self, model: keras.Model, batches: int | None) -> None:
         """Adds what was recorded in the epoch, unless other calls than its steps' did.
 
         Args:
+            model: the model that is trained.
             batches: how many have ended; None where all have.
         """
-        recorded = self._weights.recorded()
+        sums = self._weights.sums()
+        recorded = averages(total_in_fit(sums, model, self._weights))
         if recorded is None or self._weights.was_reset:
             return
-        of_batches = int(recorded[1, -1])
+        of_batches = round(sums[-1])
         if batches in (None, of_batches):
             self._recorded[of_batches] = recorded
 

@@ -19,6 +19,8 @@ from keras_dwa._arguments import (
     check_update_freq,
 )
 from keras_dwa._compiled import new_sums
+from keras_dwa._distributed import same_on_ranks, total_of_ranks
+from keras_dwa._loss_record import averages
 from keras_dwa._loss_weights import LossWeight, LossWeights
 from keras_dwa._wiring import check_no_fit, put_back
 
@@ -182,48 +184,58 @@ class Rule(BoundCallback):
         """
         return None
 
-    def step(self, losses: Mapping[str, float] | None = None) -> dict[str, float]:
+    def step(
+        self, losses: Mapping[str, float] | None = None, *, all_ranks: bool = True
+    ) -> dict[str, float]:
         """Closes an epoch: moves the weights by the averages of its losses.
 
         `on_epoch_end` does the same; call it yourself only in a loop without `fit`. If that loop
         calls `train_on_batch`, call `set_model(model)` before it, as `fit` does: the model then
         hands the weights to its compiled step. Call `step` before `evaluate`, which records, too.
 
+        In a process group of torch's, as for `DistributedDataParallel`, every rank must call it:
+        the averages are those over all ranks, in one all-reduce, and so all have the same weights.
+
         Args:
-            losses: output name to the unweighted loss averaged over the epoch, a scalar each.
-                Without it, the averages that a `CompoundLoss` recorded since the last `step`;
-                where there are none, nothing happens.
+            losses: output name to the unweighted loss averaged over the epoch, a scalar each; over
+                all ranks, the same on each. Without it, the averages that a `CompoundLoss` recorded
+                since the last `step`; where there are none, nothing happens.
+            all_ranks: False for ranks that train different models: nothing of the others counts.
 
         Returns:
             The weights by output name, as floats.
 
         Raises:
             ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
-            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`.
+            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`; on
+                all ranks, if only some recorded anything, or if their factors or `losses` differ.
         """
         self._sync()
         weights = self._weights
         if losses is None:
             if weights.in_logs:
                 check_no_fit(self._thread)
-            recorded = weights.recorded()
-            losses = None if recorded is None else weights.by_name(recorded[0, :-1])
-            if losses is None and weights.called:
+            sums = weights.sums()
+            recorded = averages(total_of_ranks(sums, weights) if all_ranks else sums)
+            values = None if recorded is None else recorded[0, :-1]
+            if values is None and weights.called:
                 weights.called = False
                 self._messages.append(
                     "found nothing recorded, but the compound loss was called. Under "
                     "`jax.jit`, assign what `stateless_call` returns to `weighting.variables`; "
                     "before `train_on_batch`, call `weighting.set_model(model)`."
                 )
-        if losses is not None:
+        else:
+            given = check_losses(losses, weights.names)
+            values = same_on_ranks(given, weights) if all_ranks else given
+        if values is not None:
             if weights.vector.is_frozen:
                 weights.vector.is_frozen = False
                 self._messages.append(
                     "moves weights that JAX compiled into a step as constants. Before the model's "
                     "first step, call `weighting.set_model(model)`, or pass the callback to `fit`."
                 )
-            averages = check_losses(losses, weights.names)
-            logs = {f"{name}_loss": average for name, average in averages.items()}
+            logs = {f"{name}_loss": value for name, value in weights.by_name(values).items()}
             counter = "epochs" if self._update_freq == "epoch" else "periods"
             period = getattr(weights.state, counter)
             self._close_period(period, logs, forget_record=True, **{counter: period + 1})

@@ -1,0 +1,84 @@
+"""The losses of a step that runs in several places: TensorFlow's replicas, torch's ranks."""
+
+import sys
+from typing import Any
+
+import keras
+import numpy as np
+from numpy.typing import NDArray
+
+from keras_dwa._epoch_weights import Vector
+from keras_dwa._loss_weights import LossWeights
+
+_APART = "For ranks that train different models, write\n    weighting.step(all_ranks=False)"
+
+
+def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
+    """The sums over all ranks of what each has recorded. Every rank must call it.
+
+    Args:
+        sums: this rank's: float64, shape `(2K + 2,)`, all 0 where nothing was recorded.
+        weights: those of the weighting.
+
+    Raises:
+        RuntimeError: on all ranks, if only some recorded anything, or their factors differ.
+    """
+    rows = _of_ranks(sums, weights)
+    empty = [rank for rank, row in enumerate(rows) if row[-1] == 0]
+    if 0 < len(empty) < len(rows):
+        raise RuntimeError(
+            f"Nothing was recorded since the last `step` on ranks {empty} of {len(rows)}. Each "
+            f"needs a batch. {_APART}"
+        )
+    total: Vector = rows.sum(axis=0)
+    return total
+
+
+def total_in_fit(sums: Vector, model: keras.Model, weights: LossWeights) -> Vector:
+    """The sums over all ranks whose gradients `fit` averages, as Keras does from 3.16 on."""
+    is_parallel = getattr(model, "ddp_model", None) is not None
+    total: Vector = _of_ranks(sums, weights).sum(axis=0) if is_parallel else sums
+    return total
+
+
+def same_on_ranks(averages: Vector, weights: LossWeights) -> Vector:
+    """The averages of the losses that all ranks have. Every rank must call it.
+
+    Args:
+        averages: this rank's: float64, shape `(K,)`.
+        weights: those of the weighting.
+
+    Raises:
+        RuntimeError: on all ranks, if the averages, or their factors, differ.
+    """
+    size = len(averages)
+    # As long as sums, for ranks that call `step` without averages.
+    rows = _of_ranks(np.pad(averages, (0, size + 2)), weights)[:, :size]
+    _check_same("averages of the losses", rows, weights, "Give those over all ranks.")
+    same: Vector = rows[0]
+    return same
+
+
+def _of_ranks(values: Vector, weights: LossWeights) -> NDArray[np.float64]:
+    """The values of all ranks, in order: shape `(ranks, n)`. Only torch has more than one."""
+    torch: Any = sys.modules["torch"] if keras.backend.backend() == "torch" else None
+    if not (torch and torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return values[np.newaxis]
+    factors = weights.state.factors
+    shape = torch.distributed.get_world_size(), len(factors) + len(values)
+    tensor = torch.zeros(shape, dtype=torch.float64, device=weights.vector.value.device)
+    # Each adds a row of its own: the sum is exact, and says which ranks differ.
+    tensor[torch.distributed.get_rank()] = torch.as_tensor(np.append(factors, values))
+    torch.distributed.all_reduce(tensor)
+    rows: NDArray[np.float64] = tensor.cpu().numpy()
+    _check_same("factors", rows[:, : len(factors)], weights, "Load and assign the same on all.")
+    return rows[:, len(factors) :]
+
+
+def _check_same(what: str, rows: NDArray[np.float64], weights: LossWeights, advice: str) -> None:
+    for rank, row in enumerate(rows):
+        if not np.allclose(row, rows[0], equal_nan=True):
+            raise RuntimeError(
+                f"The {what} differ between ranks. Found {weights.by_name(rows[0])} on rank 0, "
+                f"{weights.by_name(row)} on rank {rank}. {advice} {_APART}"
+            )
