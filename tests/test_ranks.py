@@ -1,0 +1,282 @@
+"""torch's `DistributedDataParallel`: processes that each have a share of every batch."""
+
+import os
+import shutil
+import signal
+
+import keras
+import numpy as np
+import pytest
+import ranks
+from common import BACKEND, LOSSES, ComputeLoss, X, Y, check_run, dict_model, expected_weights
+
+from keras_dwa import CompoundLoss, DynamicWeightAverage
+
+pytestmark = pytest.mark.skipif(BACKEND != "torch", reason="ranks are torch's")
+
+if BACKEND == "torch":
+    import torch
+    from torch.distributed import all_reduce
+    from torch.nn.parallel import DistributedDataParallel
+
+# The last batch of an epoch has 5 samples, of which 3 ranks get 2, 2 and 1.
+SAMPLES = 37
+
+
+def batches(rank, ranks):
+    """The samples of each global batch, and those of them that a rank has."""
+    for start in range(0, SAMPLES, 8):
+        batch = np.arange(SAMPLES)[start : start + 8]
+        yield batch, np.array_split(batch, ranks)[rank]
+
+
+def train(rank, ranks, epochs=5, folder=None, nan_at=None, kill_at=None):
+    """Trains by gradients over the samples of all ranks; returns the weights and the parameters.
+
+    Goes on from what rank 0 wrote into `folder`. In epoch `nan_at`, a target of the last rank is
+    NaN, and no rank takes the steps that this spoils. At the epoch and batch `kill_at`, the last
+    rank is killed.
+    """
+    keras.utils.set_random_seed(0)
+    model = dict_model()
+    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+    model.compound = CompoundLoss(LOSSES, dwa)
+    files = sorted(folder.glob("*.weights.h5")) if folder else []
+    if files:
+        model.load_weights(files[-1])
+    forward = DistributedDataParallel(model) if ranks > 1 else model
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    weights = []
+    for epoch in range(len(files), epochs):
+        for number, (batch, mine) in enumerate(batches(rank, ranks)):
+            if (epoch, number) == kill_at and rank == ranks - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            y = {name: target[mine] for name, target in Y.items()}
+            if epoch == nan_at and rank == ranks - 1:
+                y["hard"] = np.where(mine[:, np.newaxis] == batch[-1], np.nan, y["hard"])
+            loss = model.compound(y, forward(X[mine], training=True))
+            optimizer.zero_grad()
+            # DDP takes the mean of the ranks' gradients, this makes it that of the samples'.
+            (loss * len(mine) * ranks / len(batch)).backward()
+            if all(parameter.grad.isfinite().all() for parameter in model.parameters()):
+                optimizer.step()
+        weights.append(list(dwa.step().values()))
+        if folder and rank == 0:
+            model.save_weights(folder / f"{epoch}.weights.h5")
+    return np.array(weights), [parameter.detach().numpy() for parameter in model.parameters()]
+
+
+def check_same(found, expected):
+    for name, (weights, parameters) in enumerate(found):
+        np.testing.assert_array_equal(weights, found[0][0], err_msg=f"rank {name}")
+        np.testing.assert_allclose(weights, expected[0], rtol=1e-5)
+        for parameter, whole in zip(parameters, expected[1], strict=True):
+            np.testing.assert_allclose(parameter, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("nan_at", [None, 2])
+@pytest.mark.filterwarnings("ignore:DynamicWeightAverage holds")
+def test_all_ranks_have_the_weights_of_one_process(size, nan_at, tmp_path):
+    arguments = (5, None, nan_at)
+    found = ranks.run(train, size, tmp_path, *arguments)
+    check_same(found, train(0, 1, *arguments))
+    held = np.diff(found[0][0][:, 0]) == 0
+    assert held.tolist() == [False, nan_at == 2, False, False]
+
+
+def test_killed_run_resumes_on_as_many_ranks_and_on_others(tmp_path):
+    whole = ranks.run(train, 2, tmp_path / "whole", 5)
+    folder = tmp_path / "killed"
+    killed = ranks.start(train, 2, folder, 5, folder, None, (3, 2))
+    for process in killed:
+        process.join()
+    # The other's error is gloo's, that the connection was lost.
+    assert [process.exitcode for process in killed] == [1, -signal.SIGKILL]
+    for size in (1, 2, 3):
+        copy = shutil.copytree(folder, tmp_path / f"{size}")
+        resumed = ranks.run(train, size, copy, 5, copy)
+        check_same(resumed, (whole[0][0][3:], whole[0][1]))
+        if size == 2:
+            np.testing.assert_array_equal(resumed[0][0], whole[0][0][3:])
+            for parameter, expected in zip(resumed[0][1], whole[0][1], strict=True):
+                np.testing.assert_array_equal(parameter, expected)
+
+
+def shares(rank, ranks):
+    """Weights from batches that differ in size and number, of which no gradient is taken."""
+    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+    compound = CompoundLoss(["easy", "hard"], dwa)
+    weights, terms = [], []
+    random = np.random.default_rng(rank)
+    for _ in range(4):
+        of_epoch = [(random.random(2), 4 + rank) for _ in range(2 + 3 * rank)]
+        for (easy, hard), samples in of_epoch:
+            compound.combine({"easy": easy, "hard": hard}, samples=samples)
+        terms.append(of_epoch)
+        weights.append(list(dwa.loss_weights.values())[0].numpy())
+        dwa.step()
+    return weights, terms
+
+
+def test_average_is_that_of_all_samples_whatever_the_shares(tmp_path):
+    found = ranks.run(shares, 3, tmp_path)
+    dwa = DynamicWeightAverage(["easy", "hard"])
+    averages = []
+    for epoch in range(4):
+        batches = [batch for _, terms in found for batch in terms[epoch]]
+        values, samples = zip(*batches, strict=True)
+        averages.append(np.average(values, axis=0, weights=samples))
+    history = {f"{name}_loss": [row[k] for row in averages] for k, name in enumerate(dwa.outputs)}
+    for weights, _ in found:
+        expected = expected_weights(history, dwa, temperature=0.2)
+        np.testing.assert_allclose(weights, expected[:, 0], rtol=1e-5)
+
+
+def message_of(function, *args, **kwargs):
+    try:
+        function(*args, **kwargs)
+    except RuntimeError as error:
+        return str(error)
+
+
+def steps(rank, ranks):
+    """What the ways to call `step` say, and the factors that come of them."""
+    found = {}
+    dwa = DynamicWeightAverage(["easy", "hard"])
+    compound = CompoundLoss(["easy", "hard"], dwa)
+    dwa.step()  # Nothing anywhere.
+    if rank == 0:
+        compound.combine({"easy": 1.0, "hard": 1.0})
+    found["nothing"] = message_of(dwa.step)
+    found["epochs"] = dwa.step(all_ranks=False)
+    dwa.reset()
+
+    given = {"easy": 1.0, "hard": 1.0 + rank}
+    found["unequal"] = message_of(dwa.step, given)
+    if rank == 0:
+        compound.combine({"easy": 1.0, "hard": 1.0})
+    found["two ways"] = message_of(dwa.step, *([given] if rank else []))
+    for hard in (1.0, np.nan, 3.0):
+        dwa.step({"easy": 1.0, "hard": hard})
+    found["equal"] = dwa.factors
+    for hard in (1.0, 1.0 + rank):
+        dwa.step({"easy": 1.0, "hard": hard}, all_ranks=False)
+    found["apart"] = dwa.factors
+    found["factors"] = message_of(dwa.step, {"easy": 1.0, "hard": 1.0})
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:DynamicWeightAverage holds")
+def test_each_rank_says_what_differs(tmp_path):
+    found = ranks.run(steps, 2, tmp_path)
+    for messages in found:
+        assert "on ranks [1] of 2. Each needs a batch" in messages["nothing"]
+        assert "Found {'easy': 1.0, 'hard': 1.0} on rank 0, {'easy': 1.0, 'hard': 2.0} on rank 1" in (
+            messages["unequal"]
+        )
+        assert messages["two ways"] is not None
+        assert messages["equal"] == found[0]["equal"] != {"easy": 1.0, "hard": 1.0}
+        assert "The factors differ between ranks. Found {'easy'" in messages["factors"]
+        assert "Load and assign the same on all" in messages["factors"]
+    assert found[0]["apart"] != found[1]["apart"]
+    assert found[0]["apart"] == {"easy": 1.0, "hard": 1.0}
+
+
+def communication(rank, ranks):
+    """How many all-reduces a step takes with weights that move, with floats, and `step` itself."""
+    dwa = DynamicWeightAverage(["easy", "hard"])
+    compound = CompoundLoss(LOSSES, dwa)
+    losses = {name: keras.losses.get(loss) for name, loss in LOSSES.items()}
+    model = DistributedDataParallel(dict_model())
+
+    def step(loss_of):
+        loss_of(Y, model(X, training=True)).backward()
+
+    def static(y_true, y_pred):
+        return sum(loss(y_true[k], y_pred[k]).mean() for k, loss in losses.items())
+
+    counts = []
+    for function in (lambda: step(static), lambda: step(compound), dwa.step):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            function()
+        counts.append(sum(event.name == "c10d::allreduce_" for event in profile.events()))
+    return counts
+
+
+def test_step_communicates_nothing_more_and_an_epoch_one_all_reduce(tmp_path):
+    assert ranks.run(communication, 2, tmp_path) == [[1, 1, 1]] * 2
+
+
+def callback_list(rank, ranks):
+    """A loop that calls callbacks as `fit` does, for the model that DDP wraps."""
+    keras.utils.set_random_seed(0)
+    model, dwa = dict_model(), DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+    model.compound = CompoundLoss(LOSSES, dwa)
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    history = keras.callbacks.History()
+    callbacks = keras.callbacks.CallbackList([dwa, history], model=parallel)
+    callbacks.on_train_begin()
+    for epoch in range(4):
+        callbacks.on_epoch_begin(epoch)
+        for number, (_, mine) in enumerate(batches(rank, ranks)):
+            callbacks.on_train_batch_begin(number)
+            y = {name: target[mine] for name, target in Y.items()}
+            loss = model.compound(y, parallel(X[mine], training=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            callbacks.on_train_batch_end(number)
+        parts = model.compound.result()
+        own = [float(parts[f"{name}_loss"]) for name in dwa.outputs]
+        total = sum(float(w) * part for w, part in zip(dwa.loss_weights.values(), own, strict=True))
+        samples = sum(len(mine) for _, mine in batches(rank, ranks))
+        sums = samples * torch.tensor([total, *own, 1.0])
+        all_reduce(sums)
+        keys = ["loss", "easy_loss", "hard_loss"]
+        logs = dict(zip(keys, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        if epoch == 3:
+            logs["hard_loss"] += rank
+            return history.history, message_of(callbacks.on_epoch_end, epoch, logs)
+        callbacks.on_epoch_end(epoch, logs)
+
+
+def test_callback_takes_the_model_that_ddp_wraps(tmp_path):
+    found = ranks.run(callback_list, 2, tmp_path)
+    for history, message in found:
+        assert history == found[0][0]
+        check_run(history, DynamicWeightAverage(["easy", "hard"], temperature=0.2))
+        assert "The averages of the losses differ between ranks" in message
+
+
+def fit(rank, ranks, update_freq, compound):
+    keras.utils.set_random_seed(0)
+    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2, update_freq=update_freq)
+    model = ComputeLoss(dwa) if compound else dict_model()
+    how = {} if compound else {"loss": LOSSES, "loss_weights": dwa.loss_weights}
+    model.compile(keras.optimizers.SGD(0.05), **how)
+    model(X[:8])
+    mine = np.arange(len(X)).reshape(5, ranks, -1)[:, rank].ravel()
+    y = {name: target[mine] for name, target in Y.items()}
+    arguments = {"batch_size": 8 // ranks, "shuffle": False, "epochs": 4, "verbose": 0}
+    history = model.fit(X[mine], y, callbacks=[dwa], **arguments).history
+    weights = np.array([history[f"{name}_weight"] for name in dwa.outputs])
+    return weights, [variable.numpy() for variable in model.trainable_variables]
+
+
+@pytest.mark.skipif(
+    not hasattr(keras.Model(), "ddp_model"), reason="`fit` trains alone before Keras 3.16"
+)
+@pytest.mark.parametrize("update_freq", ["epoch", 3])
+@pytest.mark.parametrize("compound", [False, True])
+def test_fit_moves_the_weights_on_all_ranks_alike(update_freq, compound, tmp_path):
+    found = ranks.run(fit, 2, tmp_path, update_freq, compound)
+    check_same(found, fit(0, 1, update_freq, compound))
+
+
+def test_fit_trains_each_rank_alone_or_all_together(tmp_path):
+    """The limit that the manual states, for a release of Keras to end."""
+    (_, one), (_, other) = ranks.run(fit, 2, tmp_path, "epoch", False)
+    together = hasattr(keras.Model(), "ddp_model")
+    assert all(map(np.array_equal, one, other)) == together
