@@ -1,8 +1,8 @@
 import gc
 import os
 
-# Two devices on one CPU, for the tests of distribution. JAX reads this when it is imported.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+# Devices on one CPU, for the tests of distribution. JAX reads this when it is imported.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import hypothesis
 import keras
