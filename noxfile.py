@@ -19,14 +19,15 @@ BACKENDS = {
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
-        *("assign", "compound_loss", "config", "fit", "interrupted", "logs", "models"),
-        *("own_steps", "rules", "saving", "scheduler", "state", "windows", "wiring"),
+        *("assign", "compound_loss", "config", "distribution", "fit", "interrupted", "logs"),
+        *("models", "own_steps", "rules", "saving", "scheduler", "state", "windows", "wiring"),
     )
 ]
 MANUAL = ["README.md", "docs"]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
 # The tuner imports six, and does not require it.
 TEST_TOOLS += ["cloudpickle", "coverage", "keras-tuner", "six"]
+TRACED = ("coverage", "run", "-m", "pytest")
 THIRD_PARTY = [
     "keras-rs==0.4.0",
     "grain==0.2.18",
@@ -73,12 +74,15 @@ def types(session):
 def tests(session, backend):
     """The suite with the examples in short, the docstrings' code, and the README's."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    runner = ("pytest",)
     if backend == "jax":
-        # Which takes every branch that there is. Tracing doubles the time, on Python 3.11.
+        # Which takes all branches but those for torch's ranks. Tracing doubles the time, on Python
+        # 3.11.
         session.run("coverage", "erase")
-        runner = ("coverage", "run", "-m", "pytest")
-    run_tests(session, backend, *MANUAL, runner=runner)
+        run_tests(session, backend, *MANUAL, runner=TRACED)
+    else:
+        run_tests(session, backend, "--ignore=tests/test_ranks.py", *MANUAL)
+    if backend == "torch":
+        run_tests(session, backend, runner=TRACED, files=["tests/test_ranks.py"])
 
 
 @nox.session

@@ -7,11 +7,11 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dwa._distributed import total_in_fit
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._keras_internals import compiled_loss_weights
 from keras_dwa._loss_record import to_numpy
 from keras_dwa._loss_weights import LossWeight, LossWeights
+from keras_dwa._ranks import total_in_fit
 
 
 def is_compiled_with(model: keras.Model, weights: LossWeights) -> bool:

@@ -150,7 +150,8 @@ class CompoundLoss(WeightedLoss):
         """The weighted sum of loss terms; records the unweighted terms.
 
         Args:
-            values: name to the term's value for this batch, a scalar each.
+            values: name to the term's value for this batch, a scalar each. In replicas of
+                TensorFlow's, divided by their number, as Keras's losses are there.
             samples: how much the batch counts in the epoch's average. With the number of its
                 samples, an epoch's last, smaller batch counts as in Keras's own losses.
 

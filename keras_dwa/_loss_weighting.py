@@ -10,7 +10,6 @@ import numpy as np
 
 from keras_dwa._attached import AttachedRule
 from keras_dwa._compiled import fixed_part, has_own
-from keras_dwa._distributed import same_on_ranks
 from keras_dwa._epoch_weights import EpochWeights
 from keras_dwa._logs import (
     add_to_logs,
@@ -21,6 +20,7 @@ from keras_dwa._logs import (
     weighted_parts,
 )
 from keras_dwa._own_steps import OwnSteps
+from keras_dwa._ranks import same_on_ranks
 from keras_dwa._rule import Rule
 from keras_dwa._wiring import (
     check_attached,

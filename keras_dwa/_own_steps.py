@@ -6,9 +6,9 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa._distributed import total_in_fit
 from keras_dwa._loss_record import averages
 from keras_dwa._loss_weights import LossWeights
+from keras_dwa._ranks import total_in_fit
 
 
 class OwnSteps:

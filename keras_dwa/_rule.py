@@ -19,9 +19,9 @@ from keras_dwa._arguments import (
     check_update_freq,
 )
 from keras_dwa._compiled import new_sums
-from keras_dwa._distributed import same_on_ranks, total_of_ranks
 from keras_dwa._loss_record import averages
 from keras_dwa._loss_weights import LossWeight, LossWeights
+from keras_dwa._ranks import same_on_ranks, total_of_ranks
 from keras_dwa._wiring import check_no_fit, put_back
 
 

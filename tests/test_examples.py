@@ -2,6 +2,7 @@
 
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -83,3 +84,12 @@ def test_own_rules(run):
 def test_pinn_nears_the_exact_solution(run):
     (error,) = numbers(run("pinn.py", 100)[-1])
     assert error < 0.05
+
+
+def test_data_parallel():
+    # A process of its own, for torch's are started anew from the script's file.
+    script = EXAMPLES / "data_parallel.py"
+    output = subprocess.check_output([sys.executable, script, "--epochs", "3"], text=True)
+    rows = [numbers(line) for line in output.splitlines() if line.startswith("epoch")]
+    assert [sum(row) for row in rows] == pytest.approx([3] * 3, abs=0.003)
+    assert rows[2] != rows[1] == [1.0, 1.0, 1.0]

@@ -1,4 +1,4 @@
-"""The losses of a step that runs in several places: TensorFlow's replicas, torch's ranks."""
+"""The losses of all processes that train one model: the ranks of torch's process group."""
 
 import sys
 from typing import Any
