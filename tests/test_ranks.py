@@ -41,11 +41,12 @@ def train(rank, ranks, epochs=5, folder=None, nan_at=None, kill_at=None):
     model = dict_model()
     dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
     model.compound = CompoundLoss(LOSSES, dwa)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.8)
     files = sorted(folder.glob("*.weights.h5")) if folder else []
     if files:
         model.load_weights(files[-1])
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt"))
     forward = DistributedDataParallel(model) if ranks > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     weights = []
     for epoch in range(len(files), epochs):
         for number, (batch, mine) in enumerate(batches(rank, ranks)):
@@ -62,6 +63,7 @@ def train(rank, ranks, epochs=5, folder=None, nan_at=None, kill_at=None):
                 optimizer.step()
         weights.append(list(dwa.step().values()))
         if folder and rank == 0:
+            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
             model.save_weights(folder / f"{epoch}.weights.h5")
     return np.array(weights), [parameter.detach().numpy() for parameter in model.parameters()]
 
