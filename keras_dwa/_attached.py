@@ -15,8 +15,8 @@ class AttachedRule(WindowedRule):
 
     # Whether no epoch has begun since it started afresh.
     _is_new = False
-    # Whether the model was given in torch's `DistributedDataParallel`: in a loop of the user's own.
-    _is_wrapped = False
+    # torch's `DistributedDataParallel`, if the model was given in that: in a loop of one's own.
+    _wrapper: Any = None
 
     def reset(self) -> None:
         super().reset()
@@ -31,8 +31,9 @@ class AttachedRule(WindowedRule):
         plain = keras.callbacks.Callback()
         plain.set_model(model)
         # What torch's `DistributedDataParallel` wraps, where that is given.
-        self._is_wrapped, model = plain.model is not model, plain.model
+        wrapper, model = model, plain.model
         check_model(model, weights, in_fit=False)
+        self._wrapper = None if wrapper is model else wrapper
         # With a compound loss, the weights may enter through the model's own step instead.
         weights.in_logs = weights.record is not None and not is_compiled_with(model, weights)
         former, is_known = self.model, self._knows(model)

@@ -133,7 +133,7 @@ def new_sums(model: keras.Model, weights: LossWeights) -> tuple[Vector | None, b
     """
     if weights.in_logs:
         recorded = weights.values_of_record()[: len(weights.names) + 1]
-        return weights.take(total_in_fit(recorded, model, weights)), False
+        return weights.take(total_in_fit(recorded, weights)), False
     means = {m.name: m for m in model.metrics if isinstance(m, keras.metrics.Mean)}
     keys = [f"{name}_loss" for name in weights.names]
     is_alone = len(keys) == 1 and keys[0] not in means
@@ -144,7 +144,7 @@ def new_sums(model: keras.Model, weights: LossWeights) -> tuple[Vector | None, b
     # `stack` refuses some variables of TensorFlow's.
     rows = [keras.ops.reshape(variable, (1,)) for variable in variables]
     sums = to_numpy(keras.ops.concatenate(rows)).astype(np.float64)
-    return weights.take(total_in_fit(sums, model, weights)), is_alone
+    return weights.take(total_in_fit(sums, weights)), is_alone
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:

@@ -143,6 +143,8 @@ class LossWeighting(AttachedRule):
             self._messages += start_messages(weights, self._is_new, epoch)
         self._is_new, weights.file = False, None
         weights.state = replace(weights.state, epochs=epoch)
+        # From Keras 3.16 on, `fit` trains in the ranks that there are.
+        weights.parallel = self._wrapper or getattr(self.model, "ddp_model", None)
         weights.epoch = EpochWeights(weights.assigned)
         self._begin_epoch()
         by_step = weights.in_logs and has_own(self.model, "train_step")
@@ -188,6 +190,8 @@ class LossWeighting(AttachedRule):
         logs = {} if logs is None else logs
         weights = self._weights
         if not weights.epoch.batches:
+            if weights.parallel is not None:
+                same_on_ranks(np.full(len(self.outputs), np.nan), weights)
             # Keras on JAX then puts back the variables' values of an epoch before.
             put_back(weights)
             self._messages.append(no_batch_message(epoch))
@@ -199,7 +203,7 @@ class LossWeighting(AttachedRule):
         logs.update(self._own_steps.missing(logs, weights.epoch.batches))
         check_logs(logs, weights.names, mean)
         losses = epoch_losses(logs, weights)
-        if self._is_wrapped:
+        if weights.parallel is not None:
             losses = same_on_ranks(losses, weights)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
@@ -220,7 +224,7 @@ class LossWeighting(AttachedRule):
         self._warn()
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        self._thread = None
+        self._thread = self._weights.parallel = None
         self._assigned = {}
         if not self._is_short:
             self._messages += window_messages(self._weights.state, self._update_freq)
@@ -236,5 +240,5 @@ class LossWeighting(AttachedRule):
     def _check_terms(self, batches: int | None = None) -> None:
         if self._own_steps.lacks_record(batches):
             self._sync()
-            self._own_steps.add_record(self.model, batches)
+            self._own_steps.add_record(batches)
         self._own_steps.check()

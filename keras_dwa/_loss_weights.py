@@ -123,7 +123,10 @@ class LossWeights(LossRecord):
         file: what was read since the last epoch began: the name of the rule whose state it was, ""
             if there was none, None if there was no file.
         is_distributed: whether the variables were made under a `keras.distribution`.
+        parallel: torch's `DistributedDataParallel` in which the epoch under way trains, if in one.
     """
+
+    parallel: Any = None
 
     def __init__(
         self, base_weights: Mapping[str, float], rules: Sequence[str], has_windows: bool = False

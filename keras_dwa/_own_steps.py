@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import keras
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,32 +23,34 @@ class OwnSteps:
 
     def __init__(self, weights: LossWeights, expected: bool = False) -> None:
         self._weights, self.expected = weights, expected
+        # Ranks may each log their own.
+        self._is_compared = weights.parallel is None
         # By the number of batches up to then. Keras has another thread add to the first.
         self._logged: dict[int, Mapping[str, float]] = {}
         self._recorded: dict[int, NDArray[np.float64]] = {}
 
     def add_logs(self, batches: int, logs: Mapping[str, float]) -> None:
         """Adds the logs that the epoch has after some batches."""
-        if self.expected and len(self._logged) < 2:
+        if self.expected and self._is_compared and len(self._logged) < 2:
             self._logged[batches] = dict(logs)
 
     def lacks_record(self, batches: int | None) -> bool:
         """Whether to call `add_record`, for which the variables must have values."""
-        return self.expected and (batches is None or len(self._recorded) < 2)
+        is_first = self._is_compared and len(self._recorded) < 2
+        return self.expected and (batches is None or is_first)
 
-    def add_record(self, model: keras.Model, batches: int | None) -> None:
+    def add_record(self, batches: int | None) -> None:
         """Adds what was recorded in the epoch, unless other calls than its steps' did.
 
         Args:
-            model: the model that is trained.
             batches: how many have ended; None where all have.
         """
         sums = self._weights.sums()
-        recorded = averages(total_in_fit(sums, model, self._weights))
-        if recorded is None or self._weights.was_reset:
-            return
         of_batches = round(sums[-1])
-        if batches in (None, of_batches):
+        if self._weights.was_reset or batches not in (None, of_batches):
+            return
+        recorded = averages(total_in_fit(sums, self._weights))
+        if recorded is not None:
             self._recorded[of_batches] = recorded
 
     def check(self) -> None:

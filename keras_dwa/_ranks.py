@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._loss_weights import LossWeights
 
-_APART = "For ranks that train different models, write\n    weighting.step(all_ranks=False)"
-
 
 def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
     """The sums over all ranks of what each has recorded. Every rank must call it.
@@ -21,23 +19,23 @@ def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
         weights: those of the weighting.
 
     Raises:
-        RuntimeError: on all ranks, if only some recorded anything, or their factors differ.
+        RuntimeError: on all ranks, if only some recorded anything, or they are not at one state.
     """
     rows = _of_ranks(sums, weights)
     empty = [rank for rank, row in enumerate(rows) if row[-1] == 0]
     if 0 < len(empty) < len(rows):
         raise RuntimeError(
             f"Nothing was recorded since the last `step` on ranks {empty} of {len(rows)}. Each "
-            f"needs a batch. {_APART}"
+            "needs a batch. For ranks that train different models, write\n"
+            "    weighting.step(all_ranks=False)"
         )
     total: Vector = rows.sum(axis=0)
     return total
 
 
-def total_in_fit(sums: Vector, model: keras.Model, weights: LossWeights) -> Vector:
-    """The sums over all ranks whose gradients `fit` averages, as Keras does from 3.16 on."""
-    is_parallel = getattr(model, "ddp_model", None) is not None
-    total: Vector = _of_ranks(sums, weights).sum(axis=0) if is_parallel else sums
+def total_in_fit(sums: Vector, weights: LossWeights) -> Vector:
+    """The sums over all ranks of those in an epoch of `fit`, or in a loop with its hooks."""
+    total: Vector = sums if weights.parallel is None else _of_ranks(sums, weights).sum(axis=0)
     return total
 
 
@@ -49,12 +47,13 @@ def same_on_ranks(averages: Vector, weights: LossWeights) -> Vector:
         weights: those of the weighting.
 
     Raises:
-        RuntimeError: on all ranks, if the averages, or their factors, differ.
+        RuntimeError: on all ranks, if the averages differ, or they are not at one state.
     """
     size = len(averages)
-    # As long as sums, for ranks that call `step` without averages.
+    # In the size of the sums, for ranks that call `step` without averages. To those, this rank
+    # then has recorded nothing.
     rows = _of_ranks(np.pad(averages, (0, size + 2)), weights)[:, :size]
-    _check_same("averages of the losses", rows, weights, "Give those over all ranks.")
+    _check_same("averages of the losses", rows, "Give those over all ranks.")
     same: Vector = rows[0]
     return same
 
@@ -64,21 +63,25 @@ def _of_ranks(values: Vector, weights: LossWeights) -> NDArray[np.float64]:
     torch: Any = sys.modules["torch"] if keras.backend.backend() == "torch" else None
     if not (torch and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values[np.newaxis]
-    factors = weights.state.factors
-    shape = torch.distributed.get_world_size(), len(factors) + len(values)
+    group = getattr(weights.parallel, "process_group", None)
+    state = weights.state
+    known = np.array([*state.factors, state.epochs, state.periods])
+    shape = torch.distributed.get_world_size(group), len(known) + len(values)
     tensor = torch.zeros(shape, dtype=torch.float64, device=weights.vector.value.device)
     # Each adds a row of its own: the sum is exact, and says which ranks differ.
-    tensor[torch.distributed.get_rank()] = torch.as_tensor(np.append(factors, values))
-    torch.distributed.all_reduce(tensor)
+    tensor[torch.distributed.get_rank(group)] = torch.as_tensor(np.append(known, values))
+    torch.distributed.all_reduce(tensor, group=group)
     rows: NDArray[np.float64] = tensor.cpu().numpy()
-    _check_same("factors", rows[:, : len(factors)], weights, "Load and assign the same on all.")
-    return rows[:, len(factors) :]
+    what = f"factors of {list(weights.names)}, or the epochs or windows before,"
+    _check_same(what, rows[:, : len(known)], "Load and assign the same on all ranks.")
+    return rows[:, len(known) :]
 
 
-def _check_same(what: str, rows: NDArray[np.float64], weights: LossWeights, advice: str) -> None:
+def _check_same(what: str, rows: NDArray[np.float64], advice: str) -> None:
     for rank, row in enumerate(rows):
-        if not np.allclose(row, rows[0], equal_nan=True):
+        if not np.allclose(row, rows[0], atol=0.0, equal_nan=True):
             raise RuntimeError(
-                f"The {what} differ between ranks. Found {weights.by_name(rows[0])} on rank 0, "
-                f"{weights.by_name(row)} on rank {rank}. {advice} {_APART}"
+                f"The {what} differ between ranks. Found {rows[0].tolist()} on rank 0, "
+                f"{row.tolist()} on rank {rank}. {advice} If they train different models in a "
+                "loop of your own, write\n    weighting.step(all_ranks=False)"
             )

@@ -47,7 +47,7 @@ class BoundCallback(keras.callbacks.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         self._sync()
-        return {**self.__dict__, "_model": None, "_models": [], "_thread": None}
+        return {**self.__dict__, "_model": None, "_wrapper": None, "_models": [], "_thread": None}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Self:
@@ -207,8 +207,8 @@ class Rule(BoundCallback):
 
         Raises:
             ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
-            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`; on
-                all ranks, if only some recorded anything, or if their factors or `losses` differ.
+            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`; if
+                only some ranks recorded anything, or their factors, epochs or `losses` differ.
         """
         self._sync()
         weights = self._weights

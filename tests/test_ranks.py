@@ -149,7 +149,11 @@ def steps(rank, ranks):
     if rank == 0:
         compound.combine({"easy": 1.0, "hard": 1.0})
     found["nothing"] = message_of(dwa.step)
-    found["epochs"] = dwa.step(all_ranks=False)
+    dwa.reset()
+    dwa.step({"easy": 1.0, "hard": 1.0})
+    if rank == 0:
+        dwa.reset()
+    found["epochs"] = message_of(dwa.step, {"easy": 1.0, "hard": 1.0})
     dwa.reset()
 
     given = {"easy": 1.0, "hard": 1.0 + rank}
@@ -173,11 +177,12 @@ def test_each_rank_says_what_differs(tmp_path):
     for messages in found:
         assert "on ranks [1] of 2. Each needs a batch" in messages["nothing"]
         assert "averages of the losses differ between ranks" in messages["unequal"]
-        assert "Found {'easy': 1.0, 'hard': 1.0} on rank 0" in messages["unequal"]
-        assert "{'easy': 1.0, 'hard': 2.0} on rank 1. Give" in messages["unequal"]
+        assert "Found [1.0, 1.0] on rank 0, [1.0, 2.0] on rank 1. Give" in messages["unequal"]
         assert messages["two ways"] is not None
         assert messages["equal"] == found[0]["equal"] != {"easy": 1.0, "hard": 1.0}
-        assert "The factors differ between ranks. Found {'easy'" in messages["factors"]
+        assert "factors of ['easy', 'hard']" in messages["factors"]
+        assert "or the epochs or windows before, differ between ranks" in messages["epochs"]
+        assert "Found [1.0, 1.0, 0.0, 0.0] on rank 0, [1.0, 1.0, 1.0, 0.0]" in messages["epochs"]
         assert "Load and assign the same on all" in messages["factors"]
     assert found[0]["apart"] != found[1]["apart"]
     assert found[0]["apart"] == {"easy": 1.0, "hard": 1.0}
@@ -208,46 +213,83 @@ def test_step_communicates_nothing_more_and_an_epoch_one_all_reduce(tmp_path):
     assert ranks.run(communication, 2, tmp_path) == [[1, 1, 1]] * 2
 
 
-def callback_list(rank, ranks):
-    """A loop that calls callbacks as `fit` does, for the model that DDP wraps."""
+def callback_list(rank, ranks, update_freq="epoch", members=(0, 1), empty=False):
+    """A loop that calls callbacks as `fit` does, for the model that DDP wraps on some ranks.
+
+    Returns the history, the windows, and the error of a fifth epoch, in which each rank gives
+    another loss, or in which the last one has no batch if `empty`.
+    """
+    group = torch.distributed.new_group(members)
+    if rank not in members:
+        return None
     keras.utils.set_random_seed(0)
-    model, dwa = dict_model(), DynamicWeightAverage(["easy", "hard"], temperature=0.2)
-    model.compound = CompoundLoss(LOSSES, dwa)
-    parallel = DistributedDataParallel(model)
+    model = dict_model()
+    dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2, update_freq=update_freq)
+    model.compound = CompoundLoss(["easy", "hard"], dwa)
+    parallel = DistributedDataParallel(model, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     history = keras.callbacks.History()
     callbacks = keras.callbacks.CallbackList([dwa, history], model=parallel)
+
+    def epoch_logs():
+        sums = torch.zeros(4)
+        for number, (batch, mine) in enumerate(batches(rank, len(members))):
+            callbacks.on_train_batch_begin(number)
+            y_pred, y = parallel(X[mine], training=True), {k: Y[k][mine] for k in Y}
+            terms = {
+                "easy": keras.losses.MeanSquaredError()(y["easy"], y_pred["easy"]),
+                "hard": keras.losses.MeanAbsoluteError()(y["hard"], y_pred["hard"]),
+            }
+            loss = model.compound.combine(terms, samples=len(mine))
+            optimizer.zero_grad()
+            (loss * len(mine) * len(members) / len(batch)).backward()
+            optimizer.step()
+            values = [loss.item(), *(term.item() for term in terms.values()), 1.0]
+            sums += len(mine) * torch.tensor(values)
+            callbacks.on_train_batch_end(number)
+        all_reduce(sums, group=group)
+        keys = ["loss", "easy_loss", "hard_loss"]
+        return dict(zip(keys, (sums[:-1] / sums[-1]).tolist(), strict=True))
+
     callbacks.on_train_begin()
     for epoch in range(4):
         callbacks.on_epoch_begin(epoch)
-        for number, (_, mine) in enumerate(batches(rank, ranks)):
-            callbacks.on_train_batch_begin(number)
-            y = {name: target[mine] for name, target in Y.items()}
-            loss = model.compound(y, parallel(X[mine], training=True))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            callbacks.on_train_batch_end(number)
-        parts = model.compound.result()
-        own = [float(parts[f"{name}_loss"]) for name in dwa.outputs]
-        total = sum(float(w) * part for w, part in zip(dwa.loss_weights.values(), own, strict=True))
-        samples = sum(len(mine) for _, mine in batches(rank, ranks))
-        sums = samples * torch.tensor([total, *own, 1.0])
-        all_reduce(sums)
-        keys = ["loss", "easy_loss", "hard_loss"]
-        logs = dict(zip(keys, (sums[:-1] / sums[-1]).tolist(), strict=True))
-        if epoch == 3:
-            logs["hard_loss"] += rank
-            return history.history, message_of(callbacks.on_epoch_end, epoch, logs)
-        callbacks.on_epoch_end(epoch, logs)
+        callbacks.on_epoch_end(epoch, epoch_logs())
+    callbacks.on_epoch_begin(4)
+    logs = {"loss": 2.0, "easy_loss": 1.0, "hard_loss": 1.0}
+    if not empty:
+        logs = epoch_logs()
+        logs["hard_loss"] += rank
+    elif rank != members[-1]:
+        callbacks.on_train_batch_begin(0)
+        model.compound.combine({"easy": 1.0, "hard": 1.0})
+        callbacks.on_train_batch_end(0)
+    error = message_of(callbacks.on_epoch_end, 4, logs)
+    windows = [list(window.weights.values()) for window in dwa.windows]
+    return history.history, windows, error
 
 
-def test_callback_takes_the_model_that_ddp_wraps(tmp_path):
-    found = ranks.run(callback_list, 2, tmp_path)
-    for history, message in found:
-        assert history == found[0][0]
-        check_run(history, DynamicWeightAverage(["easy", "hard"], temperature=0.2))
-        assert "The averages of the losses differ between ranks" in message
+@pytest.mark.parametrize("update_freq", ["epoch", 3])
+def test_callback_takes_the_model_that_ddp_wraps(update_freq, tmp_path):
+    found = ranks.run(callback_list, 2, tmp_path, update_freq)
+    ((expected, windows, _),) = ranks.run(callback_list, 1, tmp_path, update_freq, (0,))
+    for history, of_rank, error in found:
+        assert (history, of_rank) == found[0][:2]
+        for key, values in expected.items():
+            np.testing.assert_allclose(history[key], values[:4], rtol=1e-5)
+        np.testing.assert_allclose(of_rank, windows, rtol=1e-5)
+        assert len(of_rank) == (8 if update_freq == 3 else 0)
+        assert "The averages of the losses differ between ranks" in error
+    if update_freq == "epoch":
+        check_run(expected, DynamicWeightAverage(["easy", "hard"], temperature=0.2))
+
+
+def test_ranks_of_one_model_are_those_of_its_process_group(tmp_path):
+    *found, outsider = ranks.run(callback_list, 3, tmp_path, "epoch", (0, 1), True)
+    assert outsider is None
+    assert found[0][0] == found[1][0]
+    for *_, error in found:
+        assert "Found [1.0, 1.0] on rank 0, [nan, nan] on rank 1. Give those" in error
 
 
 def fit(rank, ranks, update_freq, compound):
