@@ -5,6 +5,7 @@ from keras_dwa._dynamic_weight_average import DynamicWeightAverage
 from keras_dwa._formula import dwa_weights
 from keras_dwa._loss_weight_scheduler import LossWeightScheduler
 from keras_dwa._loss_weighting import LossWeighting
+from keras_dwa._plotting import plot_history
 
 __version__ = "0.2.0"
 
@@ -14,4 +15,5 @@ __all__ = [
     "LossWeightScheduler",
     "LossWeighting",
     "dwa_weights",
+    "plot_history",
 ]
