@@ -77,7 +77,7 @@ class DynamicWeightAverage(LossWeighting):
         self.temperature = temperature
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-1]}, temperature={self.temperature})"
+        return self._shown(temperature=self.temperature)
 
     @property
     def temperature(self) -> float:

@@ -100,9 +100,15 @@ class Rule(BoundCallback):
         self._draft: dict[str, Any] | None = None
 
     def __repr__(self) -> str:
+        return self._shown()
+
+    def _shown(self, **arguments: Any) -> str:
         is_plain = set(self.base_weights.values()) == {1.0}
         outputs: Any = list(self.outputs) if is_plain else dict(self.base_weights)
-        return f"{type(self).__name__}({outputs})"
+        weights = self._weights.by_name(self._weights.assigned)
+        arguments["weights"] = {name: float(f"{weight:.4g}") for name, weight in weights.items()}
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        return f"{type(self).__name__}({outputs}, {shown})"
 
     @property
     def outputs(self) -> tuple[str, ...]:

@@ -448,5 +448,6 @@ def test_copy_is_the_original_and_a_pickle_keeps_its_weighting():
 def test_repr_shows_losses_and_callback(compound):
     assert repr(compound) == (
         "CompoundLoss({'easy': 'mse', 'hard': 'mae'}, "
-        "DynamicWeightAverage({'easy': 3.0, 'hard': 0.5}, temperature=0.2))"
+        "DynamicWeightAverage({'easy': 3.0, 'hard': 0.5}, temperature=0.2, "
+        "weights={'easy': 3.0, 'hard': 0.5}))"
     )

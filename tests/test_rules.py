@@ -313,9 +313,15 @@ def test_verbose_prints_what_a_rule_sets_and_nothing_without_one(capsys):
 
 
 @one_backend
-def test_rule_is_shown_by_its_name_and_outputs():
-    assert repr(Count(NAMES)) == "Count(['easy', 'hard'])"
-    assert repr(Count({"easy": 2.0})) == "Count({'easy': 2.0})"
+def test_rule_is_shown_by_its_name_outputs_and_current_weights():
+    assert repr(Count({"easy": 2.0})) == "Count({'easy': 2.0}, weights={'easy': 2.0})"
+    dwa = DynamicWeightAverage(NAMES)
+    dwa.step({"easy": 1.0, "hard": 1.0})
+    dwa.step({"easy": 0.5, "hard": 0.9})
+    assert repr(dwa) == (
+        "DynamicWeightAverage(['easy', 'hard'], temperature=2.0, "
+        "weights={'easy': 0.9003, 'hard': 1.1})"
+    )
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="one backend is enough for two packages' numbers")

@@ -214,7 +214,7 @@ BY_PATH = (
 )
 COMPOUND = "loss=compound.losses, loss_weights=compound.loss_weights)"
 
-NEW = "DynamicWeightAverage(['easy', 'hard'], temperature=0.2)"
+NEW = "DynamicWeightAverage(['easy', 'hard'], temperature=0.2, weights={'easy': 1.0, 'hard': 1.0})"
 JAX, TENSORFLOW = BACKEND == "jax", BACKEND == "tensorflow"
 BY_CALL = {"bases": [ComputeLoss], "loss": None, "weights": none}
 UNNAMED = {
