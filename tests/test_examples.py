@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from common import BACKEND, one_backend
 from processes import succeeds
@@ -13,9 +14,9 @@ from processes import succeeds
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-def call(script, epochs, output):
+def call(script, arguments, output):
     sys.path.insert(0, str(script.parent))
-    sys.argv = [str(script), "--epochs", str(epochs)]
+    sys.argv = [str(script), *arguments]
     with output.open("w") as sys.stdout:
         runpy.run_path(str(script), run_name="__main__")
 
@@ -24,8 +25,9 @@ def call(script, epochs, output):
 def run(tmp_path):
     """A function that runs an example as a script, and returns its output by line."""
 
-    def run(name, epochs):
-        assert succeeds(call, EXAMPLES / name, epochs, tmp_path / "output")
+    def run(name, epochs, *more):
+        arguments = ["--epochs", str(epochs), *more]
+        assert succeeds(call, EXAMPLES / name, arguments, tmp_path / "output")
         return (tmp_path / "output").read_text().splitlines()
 
     return run
@@ -84,6 +86,25 @@ def test_own_rules(run):
 def test_pinn_nears_the_exact_solution(run):
     (error,) = numbers(run("pinn.py", 100)[-1])
     assert error < 0.05
+
+
+def test_dense_prediction(run, tmp_path):
+    picture = tmp_path / "picture.png"
+    # The attention networks are on top of all else. They take long to compile.
+    attention = ["--attention"] if BACKEND == "jax" else []
+    lines = run("dense_prediction.py", 3, "--scenes", "20", "--picture", str(picture), *attention)
+    rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
+    assert len(rows) == 3
+    for row in rows:
+        assert sum(row[1::2]) == pytest.approx(3, abs=0.003)
+        assert np.isfinite(row).all()
+    assert rows[2][0] < rows[0][0]
+    metrics = [line.split("|") for line in lines[-9:]]
+    assert [cells[0].split(":")[0] for cells in metrics] == (
+        ["semantic"] * 2 + ["depth"] * 2 + ["normals"] * 5
+    )
+    assert all(len(numbers(cells[1])) == len(numbers(cells[2])) == 1 for cells in metrics)
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_data_parallel():
