@@ -1,5 +1,8 @@
 """`nox` runs everything that is checked; `nox --list` shows what runs only on demand."""
 
+import zipfile
+from pathlib import Path
+
 import nox
 
 nox.needs_version = ">=2024.4.15"
@@ -25,6 +28,7 @@ DEPEND_ON_KERAS = [
 ]
 MANUAL = ["README.md", "docs"]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
+TEST_TOOLS += ["matplotlib", "ipython"]
 # The tuner imports six, and does not require it.
 TEST_TOOLS += ["cloudpickle", "coverage", "keras-tuner", "six"]
 TRACED = ("coverage", "run", "-m", "pytest")
@@ -65,8 +69,26 @@ def lint(session):
 
 @nox.session
 def types(session):
-    install(session, "mypy", KERAS)
+    install(session, "mypy", KERAS, "matplotlib")
     session.run("mypy")
+
+
+@nox.session
+def docs(session):
+    """The manual as a site, in `site/`: every link and reference holds."""
+    install(session, "mkdocs-material", "mkdocstrings[python]")
+    session.run("mkdocs", "build", "--quiet", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session
+def package(session):
+    """What would be published: built, and shown as it would be."""
+    install(session, "build", "twine")
+    session.run("python", "-m", "build", "--outdir", session.create_tmp(), silent=True)
+    (wheel,) = Path(session.create_tmp()).glob("*.whl")
+    session.run("twine", "check", "--strict", *map(str, wheel.parent.glob("keras_dwa*")))
+    if "keras_dwa/py.typed" not in zipfile.ZipFile(wheel).namelist():
+        session.error(f"{wheel} lacks py.typed")
 
 
 @nox.session
