@@ -225,7 +225,7 @@ def build_model(attention):
         task: layers.Conv2D(channels, 1)(convolution(FILTERS[0])(features[task]))
         for task, channels in TASKS.items()
     }
-    # The gradient of Keras's UnitNormalization is NaN where its input is 0.
+    # Not by Keras's UnitNormalization: on JAX and torch, its gradient is NaN where its input is 0.
     squares = ops.sum(ops.square(predictions["normals"]), axis=-1, keepdims=True)
     predictions["normals"] *= ops.rsqrt(squares + 1e-6)
     return keras.Model(image, predictions)
