@@ -90,8 +90,8 @@ def test_pinn_nears_the_exact_solution(run):
 
 def test_dense_prediction(run, tmp_path):
     picture = tmp_path / "picture.png"
-    # The attention networks are on top of all else. They take long to compile.
-    attention = ["--attention"] if BACKEND == "jax" else []
+    # The attention networks are on top of all else. On torch nothing is compiled, which takes long.
+    attention = ["--attention"] if BACKEND == "torch" else []
     lines = run("dense_prediction.py", 3, "--scenes", "20", "--picture", str(picture), *attention)
     rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
     assert len(rows) == 3
