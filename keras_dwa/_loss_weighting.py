@@ -20,7 +20,7 @@ from keras_dwa._logs import (
     weighted_parts,
 )
 from keras_dwa._own_steps import OwnSteps
-from keras_dwa._ranks import same_on_ranks
+from keras_dwa._ranks import same_in_fit
 from keras_dwa._rule import Rule
 from keras_dwa._wiring import (
     check_attached,
@@ -166,8 +166,7 @@ class LossWeighting(AttachedRule):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
-        weights = self._weights
-        epoch = weights.epoch
+        weights, epoch = self._weights, self._weights.epoch
         if logs and not epoch.batches:
             check_base_loss(logs)
             check_logs(logs, weights.names, epoch.weights, self._own_steps.expected)
@@ -190,8 +189,7 @@ class LossWeighting(AttachedRule):
         logs = {} if logs is None else logs
         weights = self._weights
         if not weights.epoch.batches:
-            if weights.parallel is not None:
-                same_on_ranks(np.full(len(self.outputs), np.nan), weights)
+            same_in_fit(np.full(len(self.outputs), np.nan), weights)
             # Keras on JAX then puts back the variables' values of an epoch before.
             put_back(weights)
             self._messages.append(no_batch_message(epoch))
@@ -202,9 +200,7 @@ class LossWeighting(AttachedRule):
         self._check_terms()
         logs.update(self._own_steps.missing(logs, weights.epoch.batches))
         check_logs(logs, weights.names, mean)
-        losses = epoch_losses(logs, weights)
-        if weights.parallel is not None:
-            losses = same_on_ranks(losses, weights)
+        losses = same_in_fit(epoch_losses(logs, weights), weights)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
         if weights.epoch.is_constant or weights.epoch.is_summed:

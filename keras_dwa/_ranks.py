@@ -39,6 +39,11 @@ def total_in_fit(sums: Vector, weights: LossWeights) -> Vector:
     return total
 
 
+def same_in_fit(averages: Vector, weights: LossWeights) -> Vector:
+    """As `same_on_ranks`, at the end of such an epoch."""
+    return averages if weights.parallel is None else same_on_ranks(averages, weights)
+
+
 def same_on_ranks(averages: Vector, weights: LossWeights) -> Vector:
     """The averages of the losses that all ranks have. Every rank must call it.
 

@@ -39,6 +39,18 @@ class BoundCallback(keras.callbacks.Callback):
         # What to warn of once all is done, for a warning may be an error.
         self._messages: list[str] = []
 
+    def __repr__(self) -> str:
+        return self._shown()
+
+    def _shown(self, **arguments: Any) -> str:
+        weights = self._weights
+        base_weights = weights.by_name(weights.base_weights)
+        outputs = base_weights if (weights.base_weights != 1).any() else list(weights.names)
+        current = weights.by_name(weights.assigned)
+        arguments["weights"] = {name: float(f"{weight:.4g}") for name, weight in current.items()}
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        return f"{type(self).__name__}({outputs}, {shown})"
+
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
         return self
@@ -98,17 +110,6 @@ class Rule(BoundCallback):
         self._assigned: dict[str, float] = {}
         # The memory while `update` runs, so that an error in it leaves the former one.
         self._draft: dict[str, Any] | None = None
-
-    def __repr__(self) -> str:
-        return self._shown()
-
-    def _shown(self, **arguments: Any) -> str:
-        is_plain = set(self.base_weights.values()) == {1.0}
-        outputs: Any = list(self.outputs) if is_plain else dict(self.base_weights)
-        weights = self._weights.by_name(self._weights.assigned)
-        arguments["weights"] = {name: float(f"{weight:.4g}") for name, weight in weights.items()}
-        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
-        return f"{type(self).__name__}({outputs}, {shown})"
 
     @property
     def outputs(self) -> tuple[str, ...]:
