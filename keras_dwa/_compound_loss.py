@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import keras
 
-from keras_dwa._loss_record import widest_float
+from keras_dwa._backends import backend
 from keras_dwa._loss_weighting import LossWeighting
 from keras_dwa._loss_weights import LossWeight
 
@@ -161,7 +161,9 @@ class CompoundLoss(WeightedLoss):
         Raises:
             ValueError: if `values` has other names than the callback, or a value is not a scalar.
         """
-        if not isinstance(values, Mapping) or set(values) != set(self._weighting.outputs):
+        if hasattr(values, "shape"):
+            return self._combine(values, samples)
+        if not isinstance(values, Mapping) or values.keys() != self._weights.entries.keys():
             found = list(values) if isinstance(values, Mapping) else values
             raise ValueError(
                 f"`combine` takes one term for each of {list(self._weighting.outputs)}. Found "
@@ -223,22 +225,13 @@ class CompoundLoss(WeightedLoss):
     def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**keras.saving.deserialize_keras_object(config))
 
-    def _combine(self, values: Mapping[str, Any], samples: Any) -> Any:
+    def _combine(self, values: Any, samples: Any) -> Any:
         state = self._weights
-        terms = [keras.ops.convert_to_tensor(values[name]) for name in state.names]
-        for name, term in zip(state.names, terms, strict=True):
-            if term.shape != ():
-                raise ValueError(
-                    f"Each loss must be a scalar. Found the shape {tuple(term.shape)} for "
-                    f"{name!r}: reduce it first, say by `keras.ops.mean`."
-                )
-        dtype = widest_float(keras.config.floatx(), *(term.dtype for term in terms))
-        stacked = keras.ops.stack([keras.ops.cast(term, dtype) for term in terms])
-        # Read first: where they have no value, they say why; where JAX freezes them, they note it.
-        state.entries[state.names[0]].value  # noqa: B018
-        weights = keras.ops.cast(state.vector, dtype)
-        state.add(stacked, samples)
-        return keras.ops.sum(stacked * keras.ops.stop_gradient(weights))
+        weights = backend.read(state.vector, state.entries[state.names[0]])
+        terms = [values[name] for name in state.names] if isinstance(values, Mapping) else values
+        losses = backend.losses(terms, state.names, weights)
+        state.add(losses, samples)
+        return backend.weighted_sum(weights, losses)
 
     def _check_has_losses(self) -> None:
         if not self._losses:

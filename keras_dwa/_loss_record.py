@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_dwa._backends import backend, widest_float
+
 
 class LossRecord(keras.metrics.Metric):
     """The losses that a compound loss records, averaged; without one, nothing.
@@ -22,7 +24,7 @@ class LossRecord(keras.metrics.Metric):
     Attributes:
         record: what was recorded since the last reset: the sums of the K losses, each times its
             batch's samples, and the samples; then the sums of the losses alone, and the batches. A
-            variable of shape `(2K + 2,)`, float32 or wider. None until `start_recording`.
+            variable of shape `(2, K + 1)`, float32 or wider. None until `start_recording`.
         called: whether `add` was called since the last epoch was closed, be it in a trace.
         in_logs: whether the recorded averages are the model's logs. None, for where something is
             recorded, until a model is shown.
@@ -50,10 +52,23 @@ class LossRecord(keras.metrics.Metric):
         """Makes the variable that `add` records in."""
         if self.record is not None:
             return
-        size, dtype = 2 * len(self.names) + 2, widest_float(keras.config.floatx(), "float32")
-        self.record = self.add_variable((size,), "zeros", dtype, name="record")
+        self.record = self._new_variable("record")
         if self._has_windows:
-            self._base = self.add_variable((size,), "zeros", dtype, name="record_before")
+            self._base = self._new_variable("record_before")
+
+    def _new_variable(self, name: str) -> keras.Variable:
+        # As `add_variable` does, but not cast within a layer of mixed precision: there, nothing
+        # that is assigned would stay on torch.
+        return keras.Variable(
+            "zeros",
+            (2, len(self.names) + 1),
+            widest_float(keras.config.floatx(), "float32"),
+            trainable=False,
+            autocast=False,
+            aggregation="sum",
+            synchronization="on_read",
+            name=name,
+        )
 
     def add(self, losses: Any, samples: Any) -> None:
         """Records losses, a tensor of shape `(K,)`, that are the average over some samples.
@@ -61,13 +76,9 @@ class LossRecord(keras.metrics.Metric):
         As Keras has them where TensorFlow runs the step in several replicas and adds up the losses:
         divided by the number of replicas.
         """
-        self.called = self.was_added = True
-        replicas = _replicas()
-        one = keras.ops.ones((1,))
-        values = keras.ops.cast(keras.ops.stop_gradient(losses), self.record.dtype)
-        row = keras.ops.concatenate([replicas * values, one])
-        samples = keras.ops.cast(samples, self.record.dtype)
-        self.record.assign_add(keras.ops.concatenate([samples * row, row / replicas]))
+        if not (self.called and self.was_added):  # Setting attributes of a metric takes its time.
+            self.called = self.was_added = True
+        backend.add_batch(self.record, losses, samples, _replicas())
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
         """Does nothing: a step of one's own may call it on all metrics."""
@@ -98,7 +109,7 @@ class LossRecord(keras.metrics.Metric):
         record, size = keras.ops.convert_to_tensor(self.record), len(self.names)
         if self._base is not None:
             record = record + keras.ops.convert_to_tensor(self._base)
-        averages = record[:size] / record[size]
+        averages = record[0, :size] / record[0, size]
         return {
             f"{name}_loss": averages[k]
             for k, name in enumerate(self.names)
@@ -115,14 +126,14 @@ class LossRecord(keras.metrics.Metric):
     def values_of_record(self) -> NDArray[np.float64]:
         """The record since it was folded, or reset: float64, shape `(2K + 2,)`."""
         try:
-            values: NDArray[np.float64] = keras.ops.convert_to_numpy(self.record).astype(np.float64)
+            values: NDArray[Any] = keras.ops.convert_to_numpy(self.record)
         except TypeError as error:
             raise ValueError(
                 "The losses were recorded under `jax.jit`, where a variable cannot keep them. Use "
                 "`stateless_call` or `stateless_combine` there, and assign the variables that it "
                 "returns to `weighting.variables`."
             ) from error
-        return values
+        return values.astype(np.float64).ravel()
 
     def sums(self) -> NDArray[np.float64]:
         """All that was recorded since the last reset: float64, shape `(2K + 2,)`."""
@@ -144,7 +155,7 @@ class LossRecord(keras.metrics.Metric):
         On JAX it does so with what was assigned as a batch began, if the data then had none.
         """
         if self._base is not None:
-            batches = keras.ops.convert_to_numpy(self._base)[-1]
+            batches = keras.ops.convert_to_numpy(self._base)[-1, -1]
             if batches < self._folded[-1] - 0.5:
                 self._move_to_base()
 
@@ -164,12 +175,6 @@ def averages(sums: NDArray[np.float64]) -> NDArray[np.float64] | None:
     if not record[:, -1].all():
         return None
     return np.hstack([record[:, :-1] / record[:, -1:], record[:, -1:]])
-
-
-def widest_float(*dtypes: Any) -> str:
-    """The dtype that holds values of all these, where Keras may have float32 for float64."""
-    names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
-    return "float64" if "float64" in names else keras.backend.result_type(*names)
 
 
 def to_numpy(tensor: Any) -> NDArray[Any]:

@@ -64,13 +64,17 @@ class LossWeight(keras.Variable):
 
 
 class LossWeightVector(keras.Variable):
-    """All loss weights: a variable of shape `(K,)` that says where it has no value.
+    """All loss weights: a variable of shape `(K,)`.
 
     Attributes:
         is_frozen: whether the step that JAX compiled last has the values of then as constants.
     """
 
     is_frozen = False
+
+
+class JaxLossWeightVector(LossWeightVector):
+    """One that says where it has no value: a property that `torch.compile` could not trace."""
 
     @property
     def value(self) -> Any:
@@ -134,7 +138,8 @@ class LossWeights(LossRecord):
         super().__init__(tuple(base_weights), has_windows)
         self.rules = tuple(rules)
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
-        self.vector = LossWeightVector(
+        is_jax = keras.backend.backend() == "jax"
+        self.vector = (JaxLossWeightVector if is_jax else LossWeightVector)(
             self.base_weights,
             dtype=keras.config.floatx(),
             trainable=False,

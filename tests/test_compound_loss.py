@@ -180,7 +180,7 @@ def test_calls_are_averaged_over_samples(dwa, compound):
 def test_variables_are_the_weights_and_one_record_for_all_compound_losses(dwa, compound):
     CompoundLoss(LOSSES, dwa)
     variables = [(variable.name, variable.shape) for variable in dwa.variables]
-    assert variables == [("loss_weights", (2,)), ("record", (6,))]
+    assert variables == [("loss_weights", (2,)), ("record", (2, 3))]
 
 
 def test_step_with_nothing_recorded_does_nothing(dwa, compound):
@@ -215,7 +215,7 @@ def test_stateless_call_is_as_a_call_and_leaves_the_record_alone(dwa, compound):
     values = [variable.value for variable in dwa.variables]
     loss, new_values = compound.stateless_call(values, Y, {name: Y[name] + 1 for name in Y})
     np.testing.assert_allclose(float(loss), weights["easy"] + weights["hard"], rtol=1e-6)
-    np.testing.assert_allclose(new_values[-1], [*[SAMPLES] * 3, *[1] * 3], rtol=1e-6)
+    np.testing.assert_allclose(new_values[-1], [[SAMPLES] * 3, [1] * 3], rtol=1e-6)
     assert dwa._weights.recorded() is None
     assert {name: float(weight) for name, weight in dwa.loss_weights.items()} == weights
 
@@ -236,7 +236,7 @@ def test_compiled_stateless_combine_is_as_combine(dwa, compound):
     for _ in range(3):
         loss, variables = step(variables, terms)
     assert dwa._weights.recorded() is None
-    np.testing.assert_allclose(keras.ops.convert_to_numpy(variables[-1]), [21, 6, 3] * 2)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(variables[-1]), [[21, 6, 3]] * 2)
     np.testing.assert_allclose(float(loss), float(compound.combine(terms)), rtol=1e-6)
 
 

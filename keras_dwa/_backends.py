@@ -1,0 +1,122 @@
+"""How a compound loss computes: by `keras.ops`, or quicker, chosen once by the backend."""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+
+class Backend:
+    """Any backend: where a step is compiled, all this becomes a part of its kernels."""
+
+    def read(self, vector: Any, entry: Any) -> Any:
+        """The weights as a tensor, of a vector variable and one of its entries."""
+        # The entry, too: where it has no value, it says why; where JAX freezes it, it notes that.
+        entry.value  # noqa: B018
+        return vector.value
+
+    def losses(self, terms: Any, names: Sequence[str], weights: Any) -> Any:
+        """The terms as one tensor: of shape `(K,)`, and the dtype of the weights or a wider one.
+
+        Args:
+            terms: a list of K scalars, or a tensor of shape `(K,)`.
+            names: what messages call the terms.
+            weights: a tensor of shape `(K,)`.
+
+        Raises:
+            ValueError: if a shape is another one.
+        """
+        if hasattr(terms, "shape"):
+            tensor = keras.ops.convert_to_tensor(terms)
+            if tuple(tensor.shape) != (len(names),):
+                raise ValueError(
+                    f"The tensor of all losses must have the shape {(len(names),)}, in the order "
+                    f"{list(names)}. Found {tuple(tensor.shape)}."
+                )
+            return keras.ops.cast(tensor, widest_float(weights.dtype, tensor.dtype))
+        tensors = [keras.ops.convert_to_tensor(term) for term in terms]
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.shape != ():
+                raise ValueError(
+                    f"Each loss must be a scalar. Found the shape {tuple(tensor.shape)} for "
+                    f"{name!r}: reduce it first, say by `keras.ops.mean`."
+                )
+        dtype = widest_float(weights.dtype, *(tensor.dtype for tensor in tensors))
+        return keras.ops.stack([keras.ops.cast(tensor, dtype) for tensor in tensors])
+
+    def weighted_sum(self, weights: Any, losses: Any) -> Any:
+        """The sum of the losses times their weights: a scalar of the losses' dtype."""
+        weights = keras.ops.cast(weights, losses.dtype)
+        return keras.ops.sum(losses * keras.ops.stop_gradient(weights))
+
+    def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
+        """Adds the losses and a 1, once times the samples and once alone, to a record's two rows.
+
+        Args:
+            record: a variable of shape `(2, K + 1)`.
+            losses: a tensor of shape `(K,)`: one replica's part of the average over the samples.
+            samples: how many there are.
+            replicas: how many there are.
+        """
+        dtype = record.dtype
+        losses = replicas * keras.ops.cast(keras.ops.stop_gradient(losses), dtype)
+        row = keras.ops.concatenate([losses, keras.ops.ones((1,), dtype)])
+        counts = keras.ops.stack([keras.ops.cast(samples, dtype), 1 / replicas])
+        record.assign_add(keras.ops.outer(counts, row))
+
+
+class TorchBackend(Backend):
+    """torch, where a step runs eagerly and `keras.ops` take a multiple of torch's functions."""
+
+    def read(self, vector: Any, entry: Any) -> Any:
+        return vector.value
+
+    def losses(self, terms: Any, names: Sequence[str], weights: Any) -> Any:
+        torch = sys.modules["torch"]
+        if torch.compiler.is_compiling():
+            return super().losses(terms, names, weights)
+        try:
+            losses = terms if isinstance(terms, torch.Tensor) else torch.stack(terms)
+        except (RuntimeError, TypeError):
+            # Not tensors alone, or not of one shape and on one device.
+            return super().losses(terms, names, weights)
+        is_alike = losses.dtype == weights.dtype and losses.device == weights.device
+        if is_alike and losses.shape == weights.shape:
+            return losses
+        return super().losses(terms, names, weights)
+
+    def weighted_sum(self, weights: Any, losses: Any) -> Any:
+        if weights.requires_grad or weights.dtype != losses.dtype:
+            weights = weights.detach().to(losses.dtype)
+        return sys.modules["torch"].dot(losses, weights)
+
+    def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
+        torch = sys.modules["torch"]
+        is_number = isinstance(samples, int | float)
+        if torch.compiler.is_compiling() or not is_number or _is_stateless():
+            return super().add_batch(record, losses, samples, replicas)
+        sums = record.value
+        row = torch.cat([losses.detach(), sums.new_ones(1)])
+        if row.dtype != sums.dtype:
+            row = row.to(sums.dtype)
+        if samples == 1:
+            sums.add_(row)
+        else:
+            sums.addr_(sums.new_tensor((samples, 1.0)), row)
+        return None
+
+
+def _is_stateless() -> bool:
+    """Whether assigning to a variable leaves it as it is."""
+    with keras.StatelessScope(initialize_variables=False) as scope:
+        return scope.original_scope is not None
+
+
+def widest_float(*dtypes: Any) -> str:
+    """The dtype that holds values of all these, where Keras may have float32 for float64."""
+    names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
+    return "float64" if "float64" in names else keras.backend.result_type(*names)
+
+
+backend = TorchBackend() if keras.backend.backend() == "torch" else Backend()
