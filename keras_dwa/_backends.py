@@ -16,48 +16,50 @@ class Backend:
         entry.value  # noqa: B018
         return vector.value
 
-    def losses(self, terms: Any, names: Sequence[str], weights: Any) -> Any:
-        """The terms as one tensor: of shape `(K,)`, and the dtype of the weights or a wider one.
+    def combine(self, weights: Any, terms: Any, names: Sequence[str]) -> tuple[Any, Any]:
+        """The terms as one tensor, and their weighted sum.
 
         Args:
+            weights: a tensor of shape `(K,)`.
             terms: a list of K scalars, or a tensor of shape `(K,)`.
             names: what messages call the terms.
-            weights: a tensor of shape `(K,)`.
+
+        Returns:
+            A tensor of shape `(K,)` and a scalar, of the dtype of `weights` or a wider one.
 
         Raises:
             ValueError: if a shape is another one.
         """
-        if hasattr(terms, "shape"):
-            tensor = keras.ops.convert_to_tensor(terms)
-            if tuple(tensor.shape) != (len(names),):
-                raise ValueError(
-                    f"The tensor of all losses must have the shape {(len(names),)}, in the order "
-                    f"{list(names)}. Found {tuple(tensor.shape)}."
-                )
-            return keras.ops.cast(tensor, widest_float(weights.dtype, tensor.dtype))
-        tensors = [keras.ops.convert_to_tensor(term) for term in terms]
-        for name, tensor in zip(names, tensors, strict=True):
-            if tensor.shape != ():
-                raise ValueError(
-                    f"Each loss must be a scalar. Found the shape {tuple(tensor.shape)} for "
-                    f"{name!r}: reduce it first, say by `keras.ops.mean`."
-                )
+        is_vector = hasattr(terms, "shape")
+        tensors = [keras.ops.convert_to_tensor(term) for term in ([terms] if is_vector else terms)]
+        shapes = [tuple(tensor.shape) for tensor in tensors]
+        if is_vector and shapes != [(len(names),)]:
+            raise ValueError(
+                f"A tensor of all losses must have the shape {(len(names),)}, for {list(names)}. "
+                f"Found the shape {shapes[0]}."
+            )
+        if not is_vector and (wrong := [k for k, shape in enumerate(shapes) if shape != ()]):
+            raise ValueError(
+                f"Each loss must be a scalar. Found the shape {shapes[wrong[0]]} for "
+                f"{names[wrong[0]]!r}: reduce it first, say by `keras.ops.mean`."
+            )
         dtype = widest_float(weights.dtype, *(tensor.dtype for tensor in tensors))
-        return keras.ops.stack([keras.ops.cast(tensor, dtype) for tensor in tensors])
-
-    def weighted_sum(self, weights: Any, losses: Any) -> Any:
-        """The sum of the losses times their weights: a scalar of the losses' dtype."""
-        weights = keras.ops.cast(weights, losses.dtype)
-        return keras.ops.sum(losses * keras.ops.stop_gradient(weights))
+        weights = keras.ops.stop_gradient(keras.ops.cast(weights, dtype))
+        losses = [keras.ops.cast(tensor, dtype) for tensor in tensors]
+        if is_vector:
+            return losses[0], keras.ops.sum(weights * losses[0])
+        # One by one, which XLA makes as many kernels of as if the weights were constants.
+        parts = zip(keras.ops.unstack(weights, len(names)), losses, strict=True)
+        return keras.ops.stack(losses), sum(weight * loss for weight, loss in parts)
 
     def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
         """Adds the losses and a 1, once times the samples and once alone, to a record's two rows.
 
         Args:
             record: a variable of shape `(2, K + 1)`.
-            losses: a tensor of shape `(K,)`: one replica's part of the average over the samples.
-            samples: how many there are.
-            replicas: how many there are.
+            losses: a tensor of shape `(K,)`: this replica's part of the average over the samples.
+            samples: how many they are.
+            replicas: how many take part.
         """
         dtype = record.dtype
         losses = replicas * keras.ops.cast(keras.ops.stop_gradient(losses), dtype)
@@ -72,24 +74,19 @@ class TorchBackend(Backend):
     def read(self, vector: Any, entry: Any) -> Any:
         return vector.value
 
-    def losses(self, terms: Any, names: Sequence[str], weights: Any) -> Any:
+    def combine(self, weights: Any, terms: Any, names: Sequence[str]) -> tuple[Any, Any]:
         torch = sys.modules["torch"]
         if torch.compiler.is_compiling():
-            return super().losses(terms, names, weights)
+            return super().combine(weights, terms, names)
         try:
             losses = terms if isinstance(terms, torch.Tensor) else torch.stack(terms)
         except (RuntimeError, TypeError):
             # Not tensors alone, or not of one shape and on one device.
-            return super().losses(terms, names, weights)
+            return super().combine(weights, terms, names)
         is_alike = losses.dtype == weights.dtype and losses.device == weights.device
-        if is_alike and losses.shape == weights.shape:
-            return losses
-        return super().losses(terms, names, weights)
-
-    def weighted_sum(self, weights: Any, losses: Any) -> Any:
-        if weights.requires_grad or weights.dtype != losses.dtype:
-            weights = weights.detach().to(losses.dtype)
-        return sys.modules["torch"].dot(losses, weights)
+        if not is_alike or losses.shape != weights.shape:
+            return super().combine(weights, terms, names)
+        return losses, torch.dot(losses, weights.detach() if weights.requires_grad else weights)
 
     def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
         torch = sys.modules["torch"]

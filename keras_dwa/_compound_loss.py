@@ -146,12 +146,13 @@ class CompoundLoss(WeightedLoss):
         samples = keras.ops.shape(y_pred[names[0]])[0]
         return self._combine(values, samples)
 
-    def combine(self, values: Mapping[str, Any], samples: Any = 1) -> Any:
+    def combine(self, values: Any, samples: Any = 1) -> Any:
         """The weighted sum of loss terms; records the unweighted terms.
 
         Args:
-            values: name to the term's value for this batch, a scalar each. In replicas of
-                TensorFlow's, divided by their number, as Keras's losses are there.
+            values: name to the term's value for this batch, a scalar each; or all of them in one
+                tensor of shape `(K,)`, in the order of `outputs`. In replicas of TensorFlow's,
+                divided by their number, as Keras's losses are there.
             samples: how much the batch counts in the epoch's average. With the number of its
                 samples, an epoch's last, smaller batch counts as in Keras's own losses.
 
@@ -159,7 +160,8 @@ class CompoundLoss(WeightedLoss):
             A scalar tensor of `floatx` or a wider dtype.
 
         Raises:
-            ValueError: if `values` has other names than the callback, or a value is not a scalar.
+            ValueError: if `values` has other names than the callback or another shape, or a value
+                is not a scalar.
         """
         if hasattr(values, "shape"):
             return self._combine(values, samples)
@@ -194,7 +196,7 @@ class CompoundLoss(WeightedLoss):
         return _stateless(variables, references, lambda: self(y_true, y_pred, sample_weight))
 
     def stateless_combine(
-        self, variables: Sequence[Any], values: Mapping[str, Any], samples: Any = 1
+        self, variables: Sequence[Any], values: Any, samples: Any = 1
     ) -> tuple[Any, list[Any]]:
         """The same as `combine`, as a pure function: for `jax.jit` and the like.
 
@@ -229,9 +231,9 @@ class CompoundLoss(WeightedLoss):
         state = self._weights
         weights = backend.read(state.vector, state.entries[state.names[0]])
         terms = [values[name] for name in state.names] if isinstance(values, Mapping) else values
-        losses = backend.losses(terms, state.names, weights)
+        losses, loss = backend.combine(weights, terms, state.names)
         state.add(losses, samples)
-        return backend.weighted_sum(weights, losses)
+        return loss
 
     def _check_has_losses(self) -> None:
         if not self._losses:

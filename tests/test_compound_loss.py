@@ -423,6 +423,8 @@ def combine(values):
         (combine({"easy": 1.0, "hard": 1.0, "more": 1.0}), "Found ['easy', 'hard', 'more']"),
         (combine(3.0), "Found 3.0"),
         (combine({"easy": 1.0, "hard": np.ones(3)}), "scalar. Found the shape (3,) for 'hard'"),
+        (combine(np.ones(3)), "(2,), for ['easy', 'hard']. Found the shape (3,)."),
+        (combine(np.ones((2, 1))), "Found the shape (2, 1)"),
     ],
 )
 def test_misuse_says_what_was_found_and_records_nothing(dwa, compound, use, message):
