@@ -2,26 +2,24 @@
 
     KERAS_BACKEND=jax python benchmarks/epoch_end.py
 
-Printed is the median of many epochs in milliseconds, with the spread, and its share that is the
-equation, `dwa_weights`. The logs are made up and the model has no layers to train, so that nothing
-else runs. One process has one backend, so run it once for each.
+Printed is the median of many epochs in milliseconds, with the quartiles, and of the equation in it,
+`dwa_weights`. The logs are made up and the model has no layers to train, so that nothing else runs.
 """
 
 import os
-import statistics
 import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import numpy as np
+from harness import parse, print_table, shown
+from models import names as names_of
 
 from keras_dwa import DynamicWeightAverage, dwa_weights
 
-EPOCHS = 50
 
-
-def milliseconds(names):
+def milliseconds(names, epochs):
     """Of each epoch's end, and of the equation alone."""
     inputs = keras.Input((1,))
     model = keras.Model(inputs, {name: keras.layers.Identity()(inputs) for name in names})
@@ -34,7 +32,7 @@ def milliseconds(names):
     dwa.on_train_begin()
     random, ends, equations = np.random.default_rng(0), [], []
     previous = random.uniform(0.1, 3, len(names))
-    for epoch in range(EPOCHS):
+    for epoch in range(epochs):
         averages = random.uniform(0.1, 3, len(names))
         weights = [float(weight) for weight in dwa.loss_weights.values()]
         logs = {f"{name}_loss": loss for name, loss in zip(names, averages.tolist(), strict=True)}
@@ -48,17 +46,18 @@ def milliseconds(names):
         dwa_weights(averages, previous)
         equations.append(1e3 * (time.perf_counter() - start))
         previous = averages
-    return ends[5:], equations[5:]
+    # The first two have no weights to compute.
+    return ends[2:], equations[2:]
 
 
 def main():
-    print(f"Keras {keras.__version__} on {keras.backend.backend()}, {EPOCHS} epochs, in ms:")
-    for count in (2, 32, 1024):
-        ends, equations = milliseconds([f"output_{k}" for k in range(count)])
-        print(
-            f"{count:5} outputs: median {statistics.median(ends):.2f} ({min(ends):.2f} to "
-            f"{max(ends):.2f}), of which the equation {statistics.median(equations):.2f}"
-        )
+    is_quick = parse(__doc__).quick
+    epochs, all_outputs = (5, (2, 32)) if is_quick else (60, (2, 8, 32, 128, 1024))
+    rows = []
+    for outputs in all_outputs:
+        ends, equations = milliseconds(names_of(outputs), epochs)
+        rows.append((keras.backend.backend(), outputs, shown(ends), shown(equations)))
+    print_table(["backend", "K", "the end of an epoch, ms", "the equation in it, ms"], rows)
 
 
 if __name__ == "__main__":

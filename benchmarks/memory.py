@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python benchmarks/memory.py
 
-Printed are the bytes still allocated, after the training, of those that lines of keras_dwa asked
+Printed are the bytes still allocated after the training, of those that lines of keras_dwa asked
 for; the size of the pickled callback; and by how much the memory of all of Python grew in the
 training with DWA, and with static weights, since Keras and its backend keep something, too.
 Keras's `History`, a list of all that was logged, is dropped first. All in one process, with a new
@@ -19,6 +19,7 @@ os.environ.setdefault("KERAS_BACKEND", "jax")
 
 import keras
 import numpy as np
+from harness import parse, print_table
 
 import keras_dwa
 
@@ -48,16 +49,19 @@ def train(epochs, dwa=None):
 
 
 def main():
+    is_quick = parse(__doc__).quick
     tracemalloc.start()
-    train(500, keras_dwa.DynamicWeightAverage(list(Y)))
-    print(f"Keras {keras.__version__} on {keras.backend.backend()}, in bytes:")
-    print("epochs  keras_dwa  pickled  all grew by  with static weights")
-    for epochs in (5, 50, 500):
+    train(10 if is_quick else 500, keras_dwa.DynamicWeightAverage(list(Y)))
+    rows = []
+    for epochs in (5,) if is_quick else (5, 50, 500):
         dwa = keras_dwa.DynamicWeightAverage(list(Y))
         ours, growth = train(epochs, dwa)
         _, static_growth = train(epochs)
         pickled = len(pickle.dumps(dwa))
-        print(f"{epochs:6} {ours:10} {pickled:8} {growth:12} {static_growth:20}")
+        rows.append((keras.backend.backend(), epochs, ours, pickled, growth, static_growth))
+    tracemalloc.stop()
+    columns = ["backend", "epochs", "keras_dwa", "pickled", "all grew by", "with static weights"]
+    print_table(columns, rows)
 
 
 if __name__ == "__main__":

@@ -30,27 +30,29 @@ class Backend:
         Raises:
             ValueError: if a shape is another one.
         """
-        is_vector = hasattr(terms, "shape")
-        tensors = [keras.ops.convert_to_tensor(term) for term in ([terms] if is_vector else terms)]
-        shapes = [tuple(tensor.shape) for tensor in tensors]
-        if is_vector and shapes != [(len(names),)]:
-            raise ValueError(
-                f"A tensor of all losses must have the shape {(len(names),)}, for {list(names)}. "
-                f"Found the shape {shapes[0]}."
-            )
-        if not is_vector and (wrong := [k for k, shape in enumerate(shapes) if shape != ()]):
-            raise ValueError(
-                f"Each loss must be a scalar. Found the shape {shapes[wrong[0]]} for "
-                f"{names[wrong[0]]!r}: reduce it first, say by `keras.ops.mean`."
-            )
-        dtype = widest_float(weights.dtype, *(tensor.dtype for tensor in tensors))
-        weights = keras.ops.stop_gradient(keras.ops.cast(weights, dtype))
-        losses = [keras.ops.cast(tensor, dtype) for tensor in tensors]
-        if is_vector:
-            return losses[0], keras.ops.sum(weights * losses[0])
-        # One by one, which XLA makes as many kernels of as if the weights were constants.
-        parts = zip(keras.ops.unstack(weights, len(names)), losses, strict=True)
-        return keras.ops.stack(losses), sum(weight * loss for weight, loss in parts)
+        if hasattr(terms, "shape"):
+            losses = keras.ops.convert_to_tensor(terms)
+            if tuple(losses.shape) != (len(names),):
+                raise ValueError(
+                    f"A tensor of all losses must have the shape {(len(names),)}, for "
+                    f"{list(names)}. Found the shape {tuple(losses.shape)}."
+                )
+            losses = keras.ops.cast(losses, widest_float(weights.dtype, losses.dtype))
+            weights = keras.ops.cast(keras.ops.stop_gradient(weights), losses.dtype)
+            return losses, keras.ops.sum(weights * losses)
+        scalars = [keras.ops.convert_to_tensor(term) for term in terms]
+        for name, scalar in zip(names, scalars, strict=True):
+            if scalar.shape != ():
+                raise ValueError(
+                    f"Each loss must be a scalar. Found the shape {tuple(scalar.shape)} for "
+                    f"{name!r}: reduce it first, say by `keras.ops.mean`."
+                )
+        dtype = widest_float(weights.dtype, *(scalar.dtype for scalar in scalars))
+        scalars = [keras.ops.cast(scalar, dtype) for scalar in scalars]
+        weights = keras.ops.cast(keras.ops.stop_gradient(weights), dtype)
+        # One by one, which XLA makes as few kernels of as if the weights were constants.
+        parts = zip(keras.ops.unstack(weights, len(names)), scalars, strict=True)
+        return keras.ops.stack(scalars), sum(weight * scalar for weight, scalar in parts)
 
     def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
         """Adds the losses and a 1, once times the samples and once alone, to a record's two rows.

@@ -45,6 +45,11 @@ class EpochWeights:
         """How many batches have ended."""
         return max(self._ended.values(), default=0)
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether any batch has."""
+        return bool(self._ended)
+
     def begin(self, batch: int) -> None:
         """Batch number `batch` begins."""
         if not self.is_open:

@@ -154,12 +154,13 @@ class LossWeighting(AttachedRule):
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        if self._weights.epoch.batches:
+        epoch = self._weights.epoch
+        if self._is_start and epoch.batches:
             self._check_first_batches()
         self._check_terms(batch)
-        if not self._weights.epoch.is_open:
+        if not epoch.is_open:
             self._begin_first_batch(batch)
-        self._weights.epoch.begin(batch)
+        epoch.begin(batch)
         if self._is_over(batch):
             self._add_sums()
             self._close_window(batch)
@@ -167,7 +168,7 @@ class LossWeighting(AttachedRule):
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
         weights, epoch = self._weights, self._weights.epoch
-        if logs and not epoch.batches:
+        if logs and not epoch.has_ended:
             check_base_loss(logs)
             check_logs(logs, weights.names, epoch.weights, self._own_steps.expected)
         self._own_steps.add_logs(batch + 1, logs or {})
@@ -203,7 +204,8 @@ class LossWeighting(AttachedRule):
         losses = same_in_fit(epoch_losses(logs, weights), weights)
         self._messages += add_to_logs(logs, weights)
         total = logs.get("loss", math.nan)
-        if weights.epoch.is_constant or weights.epoch.is_summed:
+        is_known = weights.epoch.is_constant or weights.epoch.is_summed
+        if is_known and self._looks_static.any():
             ours = total - fixed_part(self.model, logs, weights)
             weighted = float(weighted_parts(weights.epoch, losses).sum())
             self._looks_static = check_effect(ours, losses, weights, weighted, self._looks_static)
@@ -234,6 +236,8 @@ class LossWeighting(AttachedRule):
             check_first_batches(self.model, self._weights)
 
     def _check_terms(self, batches: int | None = None) -> None:
+        if not self._own_steps.expected:
+            return
         if self._own_steps.lacks_record(batches):
             self._sync()
             self._own_steps.add_record(batches)

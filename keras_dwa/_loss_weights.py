@@ -194,8 +194,8 @@ class LossWeights(LossRecord):
         # An array, since TensorFlow keeps every Python number that it has ever converted. Assigned
         # even where nothing moves: on JAX, Keras 3.10 compiles the step once more when a variable
         # of the model is assigned between epochs for the first time.
-        self.vector.assign(self.base_weights * state.factors)
-        self.assigned = self.values()
+        new = self.vector.assign(self.base_weights * state.factors)
+        self.assigned = to_numpy(new).astype(np.float64)
         self.epoch.change(self.assigned)
         self.state = state
         if forget_record:
@@ -255,6 +255,8 @@ def is_traced(tensor: Any) -> bool:
 
 def as_float(value: Any) -> float | None:
     """A real number, or a scalar array or tensor of one, as a float; None for anything else."""
+    if type(value) is float:
+        return value
     array = to_numpy(value) if hasattr(value, "dtype") else np.asarray(value)
     return float(array) if array.shape == () and array.dtype.kind in "biuf" else None
 

@@ -37,7 +37,7 @@ class OwnSteps:
     def lacks_record(self, batches: int | None) -> bool:
         """Whether to call `add_record`, for which the variables must have values."""
         is_first = self._is_compared and len(self._recorded) < 2
-        return self.expected and (batches is None or is_first)
+        return batches is None or is_first
 
     def add_record(self, batches: int | None) -> None:
         """Adds what was recorded in the epoch, unless other calls than its steps' did.

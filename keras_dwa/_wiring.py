@@ -210,8 +210,8 @@ def check_effect(
     static = np.array([weights.base_weights @ losses, losses.sum()])
     if not np.isfinite([total, weighted, *static]).all():
         return looks_static
-    looks_static = looks_static & np.isclose(total, static, rtol=1e-5, atol=0.0)
-    ignored = looks_static & ~np.isclose(weighted, static, rtol=1e-3, atol=0.0)
+    looks_static = looks_static & (abs(total - static) <= 1e-5 * abs(static))
+    ignored = looks_static & (abs(weighted - static) > 1e-3 * abs(static))
     if ignored.any():
         raise ValueError(
             f"The weights do not reach the loss: it was {total}, the sum under "

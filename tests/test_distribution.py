@@ -219,4 +219,4 @@ def test_stateless_call_on_sharded_batches():
         [variable.value for variable in dwa.variables], y, y_pred
     )
     np.testing.assert_allclose(loss, 4 + 2, rtol=1e-6)
-    np.testing.assert_allclose(variables[-1], [160, 80, 40, 4, 2, 1], rtol=1e-6)
+    np.testing.assert_allclose(variables[-1], [[160, 80, 40], [4, 2, 1]], rtol=1e-6)
