@@ -31,6 +31,8 @@ TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit
 TEST_TOOLS += ["matplotlib", "ipython"]
 # The tuner imports six, and does not require it.
 TEST_TOOLS += ["cloudpickle", "coverage", "keras-tuner", "six"]
+# What runs code of torch alone.
+TORCH_ALONE = ["tests/test_ranks.py", "tests/test_backends.py"]
 TRACED = ("coverage", "run", "-m", "pytest")
 THIRD_PARTY = [
     "keras-rs==0.4.0",
@@ -97,14 +99,14 @@ def tests(session, backend):
     """The suite with the examples in short, the docstrings' code, and the README's."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
     if backend == "jax":
-        # Which takes all branches but those for torch's ranks. Tracing doubles the time, on Python
-        # 3.11.
+        # Which takes all branches but torch's own. Tracing doubles the time, on Python 3.11.
         session.run("coverage", "erase")
         run_tests(session, backend, *MANUAL, runner=TRACED)
+    elif backend == "torch":
+        run_tests(session, backend, *(f"--ignore={path}" for path in TORCH_ALONE), *MANUAL)
+        run_tests(session, backend, runner=TRACED, files=TORCH_ALONE)
     else:
-        run_tests(session, backend, "--ignore=tests/test_ranks.py", *MANUAL)
-    if backend == "torch":
-        run_tests(session, backend, runner=TRACED, files=["tests/test_ranks.py"])
+        run_tests(session, backend, *MANUAL)
 
 
 @nox.session
@@ -132,6 +134,16 @@ def nightly(session, backend):
     session.install("--pre", "--upgrade", "keras-nightly")
     session.install("--no-deps", ".")
     run_tests(session, backend, *MANUAL)
+
+
+@nox.session(default=False)
+def benchmarks(session):
+    """Measures the tables of `benchmarks/README.md` anew. About 40 minutes."""
+    packages = dict.fromkeys(package for packages in BACKENDS.values() for package in packages)
+    install(session, KERAS, *packages, "scikit-learn", ".")
+    # It requires torchvision, which its weightings do not import.
+    session.install("--no-deps", "LibMTL==1.1.5")
+    session.run("python", "benchmarks/run.py", *session.posargs)
 
 
 @nox.session(default=False)

@@ -53,6 +53,8 @@ def operations(model, x, y):
 def row(size, mode, outputs, rounds, duration, epochs=1, steps=None):
     """The cells of a table's row; without `steps`, as many as take `duration` seconds."""
     batch = SIZES[size][2]
+    if mode == "eager" and BACKEND != "torch":
+        rounds = min(rounds, 7)  # Of long steps.
     static, moving = (build(outputs, moving, size, **MODES[mode]) for moving in (False, True))
 
     def fit(model, callbacks, steps):
@@ -79,7 +81,7 @@ def row(size, mode, outputs, rounds, duration, epochs=1, steps=None):
 
 
 def main():
-    arguments = parse(__doc__, rounds=31, seconds=0.2)
+    arguments = parse(__doc__, rounds=15, seconds=0.2)
     rounds, duration = arguments.rounds, arguments.seconds
     all_outputs, sizes, modes = (2, 8, 32), list(SIZES), list(MODES)
     if arguments.quick:

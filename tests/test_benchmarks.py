@@ -1,6 +1,5 @@
 """The benchmarks, in short: none breaks unseen. What they measure is theirs to say."""
 
-import os
 import runpy
 import subprocess
 import sys
@@ -26,5 +25,6 @@ def test_script_prints_a_table_of_this_backend(script, capsys, monkeypatch):
         runpy.run_path(path, run_name="__main__")
         output = capsys.readouterr().out
     header, rule, *rows = output.splitlines()
-    assert rows and all(row.startswith(f"| {BACKEND} |") for row in rows)
+    assert rows
+    assert all(row.startswith(f"| {BACKEND} |") for row in rows)
     assert {line.count(" | ") for line in (rule, *rows)} == {header.count(" | ")}
