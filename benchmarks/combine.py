@@ -63,7 +63,7 @@ def libmtl(outputs):
         return None
     # Its `__init__` imports torchvision, which its weightings do not need.
     package = sys.modules["LibMTL"] = types.ModuleType("LibMTL")
-    package.__path__ = found.submodule_search_locations
+    package.__spec__, package.__path__ = found, found.submodule_search_locations
     dwa = importlib.import_module("LibMTL.weighting.DWA").DWA()
     dwa.epoch, dwa.task_num, dwa.device = 2, outputs, "cpu"
     dwa.train_loss_buffer = np.random.default_rng(0).uniform(0.5, 2, (outputs, 3))

@@ -54,7 +54,7 @@ def row(size, mode, outputs, rounds, duration, epochs=1, steps=None):
     """The cells of a table's row; without `steps`, as many as take `duration` seconds."""
     batch = SIZES[size][2]
     if mode == "eager" and BACKEND != "torch":
-        rounds = min(rounds, 7)  # Of long steps.
+        rounds = min(rounds, 5)  # Of long steps.
     static, moving = (build(outputs, moving, size, **MODES[mode]) for moving in (False, True))
 
     def fit(model, callbacks, steps):
@@ -97,7 +97,8 @@ def main():
         if (BACKEND, mode, size) != ("torch", "compiled", "medium")
     ]
     short = {"epochs": 2, "steps": 2} if arguments.quick else {"epochs": 10, "steps": 50}
-    rows += [row("small", modes[0], outputs, rounds, duration, **short) for outputs in all_outputs]
+    mode, rounds = "eager" if BACKEND == "torch" else "compiled", min(rounds, 9)
+    rows += [row("small", mode, outputs, rounds, duration, **short) for outputs in all_outputs]
     columns = ["backend", "mode", "model", "K", "ms a step", "moving / static", "operations"]
     print_table(columns, rows)
 

@@ -14,14 +14,12 @@ import keras
 from harness import interleaved, parse, print_table, ratios, shown
 from models import SIZES, build, data, names
 
-OUTPUTS, STEPS = 8, 50
+OUTPUTS = 8
 
 
-def main():
-    arguments = parse(__doc__, rounds=5, epochs=10)
-    rounds, epochs = (1, 2) if arguments.quick else (arguments.rounds, arguments.epochs)
+def row(steps, rounds, epochs):
     batch = SIZES["small"][2]
-    x, y = data(OUTPUTS, STEPS * batch)
+    x, y = data(OUTPUTS, steps * batch)
     (static, _), (moving, callbacks), (again, _) = (build(OUTPUTS, kind) for kind in (0, 1, 0))
 
     def fit(model, epochs, callbacks=()):
@@ -30,8 +28,8 @@ def main():
     def fit_compiling_again():
         for epoch in range(epochs):
             weights = dict.fromkeys(names(OUTPUTS), 1.0 + epoch / epochs)
-            model_losses = dict.fromkeys(names(OUTPUTS), "mse")
-            again.compile(again.optimizer, model_losses, loss_weights=weights)
+            losses = dict.fromkeys(names(OUTPUTS), "mse")
+            again.compile(again.optimizer, losses, loss_weights=weights)
             fit(again, 1)
 
     runs = {
@@ -44,9 +42,15 @@ def main():
     taken = interleaved(runs, rounds)
     times = [f"{sorted(taken[name])[rounds // 2]:.2f}" for name in runs]
     compared = [("moving", "static"), ("compiled again", "static"), ("compiled again", "moving")]
-    ratio_cells = [shown(ratios(taken, *pair)) for pair in compared]
-    columns = ["backend", *(f"{name}, s" for name in runs), *map(" / ".join, compared)]
-    print_table(columns, [[keras.backend.backend(), *times, *ratio_cells]])
+    return keras.backend.backend(), steps, *times, *(shown(ratios(taken, *two)) for two in compared)
+
+
+def main():
+    is_quick = parse(__doc__).quick
+    rounds, epochs, all_steps = (1, 2, (5,)) if is_quick else (5, 10, (10, 50))
+    columns = ["backend", "steps", "static, s", "moving, s", "compiled again, s"]
+    columns += ["moving / static", "compiled again / static", "compiled again / moving"]
+    print_table(columns, [row(steps, rounds, epochs) for steps in all_steps])
 
 
 if __name__ == "__main__":

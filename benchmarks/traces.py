@@ -4,7 +4,7 @@
 
 Each way trains a model of its own for 100 epochs of 10 batches: with static weights, with DWA once
 an epoch, with DWA in windows of 1, 10 and 100 batches, and by a new `compile` before each epoch
-(for 5 epochs only, as the column says).
+(for 3 epochs only, as the column says).
 
 Traces, on TensorFlow and JAX: the calls of the optimizer's `apply`, Python code that a compiled
 step leaves out once it is traced. On torch, where the models are compiled with `jit_compile=True`:
@@ -95,7 +95,7 @@ def trained_compiling_again(epochs, is_quick):
 
 def measured(is_quick):
     """A row for each way."""
-    epochs, again, rounds = (2, 2, 2) if is_quick else (100, 5, 15)
+    epochs, again, rounds = (2, 2, 2) if is_quick else (100, 3, 15)
     ways = {"static": None, "DWA, each epoch": "epoch"}
     ways |= {f"DWA, windows of {n}": n for n in ((10,) if is_quick else (1, 10, 100))}
     runs, counted = {}, []
