@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_dwa._attached import AttachedRule
-from keras_dwa._compiled import fixed_part, has_own
+from keras_dwa._compiled import has_own
 from keras_dwa._epoch_weights import EpochWeights
 from keras_dwa._logs import (
     add_to_logs,
@@ -17,7 +17,6 @@ from keras_dwa._logs import (
     check_logs,
     epoch_losses,
     print_weights,
-    weighted_parts,
 )
 from keras_dwa._own_steps import OwnSteps
 from keras_dwa._ranks import same_in_fit
@@ -203,13 +202,10 @@ class LossWeighting(AttachedRule):
         check_logs(logs, weights.names, mean)
         losses = same_in_fit(epoch_losses(logs, weights), weights)
         self._messages += add_to_logs(logs, weights)
-        total = logs.get("loss", math.nan)
-        is_known = weights.epoch.is_constant or weights.epoch.is_summed
-        if is_known and self._looks_static.any():
-            ours = total - fixed_part(self.model, logs, weights)
-            weighted = float(weighted_parts(weights.epoch, losses).sum())
-            self._looks_static = check_effect(ours, losses, weights, weighted, self._looks_static)
-        self._messages += poisoned(total, losses, mean, weights.names)
+        if self._looks_static.any():
+            known = self.model, weights, logs, losses
+            self._looks_static = check_effect(*known, self._looks_static)
+        self._messages += poisoned(logs.get("loss", math.nan), losses, mean, weights.names)
         weights.epoch.is_open = False
         of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
         if self._update_freq == "epoch":

@@ -3,16 +3,23 @@
 import math
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa._compiled import is_compiled_with, lacks_compound_loss, losses_problems, own_step
+from keras_dwa._compiled import (
+    fixed_part,
+    is_compiled_with,
+    lacks_compound_loss,
+    losses_problems,
+    own_step,
+)
 from keras_dwa._epoch_weights import Vector
 from keras_dwa._keras_internals import track
+from keras_dwa._logs import weighted_parts
 from keras_dwa._loss_weights import LossWeights, State
 
 # What to warn of where one weighting serves two models in turn.
@@ -188,27 +195,31 @@ def _check_metrics(model: keras.Model, weights: LossWeights) -> None:
 
 
 def check_effect(
-    total: float,
-    losses: Vector,
+    model: keras.Model,
     weights: LossWeights,
-    weighted: float,
+    logs: Mapping[str, float],
+    losses: Vector,
     looks_static: NDArray[np.bool_],
 ) -> NDArray[np.bool_]:
     """Raises a ValueError if the loss is, as in every epoch so far, a sum under other weights.
 
     Args:
-        total: the logged loss, without the outputs of a weight of their own.
-        losses: its unweighted parts.
+        model: the model that is trained.
         weights: those of the weighting.
-        weighted: the sum of the parts under the weights that the batches of the epoch had.
-        looks_static: whether it was the sum under the base weights in every epoch before, and
-            whether it was that under none.
+        logs: those of the epoch.
+        losses: its unweighted losses.
+        looks_static: whether the logged loss was the sum of these under the base weights in every
+            epoch before, and whether it was that under none.
 
     Returns:
         The `looks_static` of the next epoch.
     """
+    epoch = weights.epoch
+    total = logs.get("loss", math.nan) - fixed_part(model, logs, weights)
+    weighted = float(weighted_parts(epoch, losses).sum())
     static = np.array([weights.base_weights @ losses, losses.sum()])
-    if not np.isfinite([total, weighted, *static]).all():
+    is_known = epoch.is_constant or epoch.is_summed
+    if not is_known or not np.isfinite([total, weighted, *static]).all():
         return looks_static
     looks_static = looks_static & (abs(total - static) <= 1e-5 * abs(static))
     ignored = looks_static & (abs(weighted - static) > 1e-3 * abs(static))
