@@ -138,7 +138,7 @@ def nightly(session, backend):
 
 @nox.session(default=False)
 def benchmarks(session):
-    """Measures the tables of `benchmarks/README.md` anew. About 40 minutes."""
+    """Measures the tables of `benchmarks/README.md` anew. About an hour."""
     packages = dict.fromkeys(package for packages in BACKENDS.values() for package in packages)
     install(session, KERAS, *packages, "scikit-learn", ".")
     # It requires torchvision, which its weightings do not import.

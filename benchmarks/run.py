@@ -1,4 +1,4 @@
-"""All tables of the README beside this file, measured anew: about 40 minutes on two cores.
+"""All tables of the README beside this file, measured anew: about an hour on two cores.
 
     python benchmarks/run.py
     python benchmarks/run.py fit_step combine
