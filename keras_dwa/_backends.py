@@ -78,15 +78,10 @@ class TorchBackend(Backend):
 
     def combine(self, weights: Any, terms: Any, names: Sequence[str]) -> tuple[Any, Any]:
         torch = sys.modules["torch"]
-        if torch.compiler.is_compiling():
+        losses = None if torch.compiler.is_compiling() else _stacked(terms)
+        if losses is None or losses.shape != weights.shape:
             return super().combine(weights, terms, names)
-        try:
-            losses = terms if isinstance(terms, torch.Tensor) else torch.stack(terms)
-        except (RuntimeError, TypeError):
-            # Not tensors alone, or not of one shape and on one device.
-            return super().combine(weights, terms, names)
-        is_alike = losses.dtype == weights.dtype and losses.device == weights.device
-        if not is_alike or losses.shape != weights.shape:
+        if losses.dtype != weights.dtype or losses.device != weights.device:
             return super().combine(weights, terms, names)
         return losses, torch.dot(losses, weights.detach() if weights.requires_grad else weights)
 
@@ -103,6 +98,15 @@ class TorchBackend(Backend):
             sums.add_(row)
         else:
             sums.addr_(sums.new_tensor((samples, 1.0)), row)
+        return None
+
+
+def _stacked(terms: Any) -> Any:
+    """The terms as torch stacks them; None if they are not tensors of one shape, on one device."""
+    torch = sys.modules["torch"]
+    try:
+        return terms if isinstance(terms, torch.Tensor) else torch.stack(terms)
+    except (RuntimeError, TypeError):
         return None
 
 
