@@ -7,8 +7,8 @@ scalars that are leaves, then of one tensor of them, then in the step of a model
 and on TensorFlow under `tf.function` it is the sum of the terms times constants, in the step of a
 model. Ours records the terms, as TorchJD does; the constants do not, and LibMTL has its trainer do
 it. Each round has all of them in turn, in one process. Beside the times stands how many operations
-there are: calls that torch's profiler sees, what XLA's compiled step calls on JAX, nodes of
-TensorFlow's graph.
+there are: calls that torch's profiler sees, and on a GPU those that launch a kernel or a copy; what
+XLA's compiled step calls on JAX; nodes of TensorFlow's graph, but constants.
 """
 
 import importlib
@@ -22,7 +22,7 @@ os.environ.setdefault("KERAS_BACKEND", "torch")
 
 import keras
 import numpy as np
-from harness import instructions, interleaved, parse, print_table, ratios, shown
+from harness import instructions, interleaved, parse, print_table, ratios, seconds, shown
 from models import names
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
@@ -43,6 +43,13 @@ def new_combine(outputs):
     return new_compound(outputs).combine
 
 
+def device():
+    """Where Keras puts torch's variables."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def torchjd(outputs):
     """TorchJD's DWA in its third epoch; None if it is not installed."""
     if not importlib.util.find_spec("torchjd"):
@@ -52,7 +59,7 @@ def torchjd(outputs):
 
     dwa = DWA()
     for _ in range(2):
-        dwa(torch.rand(outputs))
+        dwa(torch.rand(outputs, device=device()))
         dwa.step()
     return dwa
 
@@ -65,7 +72,7 @@ def libmtl(outputs):
     package = sys.modules["LibMTL"] = types.ModuleType("LibMTL")
     package.__spec__, package.__path__ = found, found.submodule_search_locations
     dwa = importlib.import_module("LibMTL.weighting.DWA").DWA()
-    dwa.epoch, dwa.task_num, dwa.device = 2, outputs, "cpu"
+    dwa.epoch, dwa.task_num, dwa.device = 2, outputs, device()
     dwa.train_loss_buffer = np.random.default_rng(0).uniform(0.5, 2, (outputs, 3))
     return partial(dwa.backward, T=2.0)
 
@@ -76,12 +83,13 @@ def torch_rows(outputs, rounds, times):
     # Small tensors: more threads would only disturb one another.
     torch.set_num_threads(1)
     combine, scalarize, go_back = (make(outputs) for make in (new_combine, torchjd, libmtl))
-    trunk = torch.nn.Sequential(torch.nn.Linear(16, WIDTH), torch.nn.ReLU())
-    heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, 1) for _ in range(outputs))
+    trunk = torch.nn.Sequential(torch.nn.Linear(16, WIDTH), torch.nn.ReLU()).to(device())
+    heads = torch.nn.ModuleList(torch.nn.Linear(WIDTH, 1) for _ in range(outputs)).to(device())
     optimizer = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], 1e-3)
-    x, y = torch.rand(SAMPLES, 16), torch.rand(SAMPLES, 1)
-    leaves = [torch.rand((), requires_grad=True) for _ in range(outputs)]
-    vector = torch.rand(outputs, requires_grad=True)
+    rand = partial(torch.rand, device=device())
+    x, y = rand(SAMPLES, 16), rand(SAMPLES, 1)
+    leaves = [rand((), requires_grad=True) for _ in range(outputs)]
+    vector = rand(outputs, requires_grad=True)
     named = names(outputs)
     # Who makes a loss of K scalars, and who of a tensor.
     of_scalars = {"keras_dwa": lambda losses: combine(dict(zip(named, losses, strict=True)))}
@@ -116,19 +124,35 @@ def torch_rows(outputs, rounds, times):
             for name, function in functions.items()
         }
         counts = {name: calls(run) for name, run in runs.items()}
-        taken = interleaved(runs, rounds, times)
+        taken = interleaved(runs, rounds, times, clock=to_the_end)
         for other in list(runs)[1:]:
             yield cells(case, outputs, taken, other, counts)
 
 
-def calls(run):
-    """How many torch's profiler sees."""
-    from torch.profiler import profile
+def to_the_end(run, times):
+    """The seconds of one of several runs, until a GPU that they keep busy is done, too."""
+    import torch
 
-    run()
-    with profile() as profiled:
-        run()
-    return len(profiled.events())
+    def runs():
+        for _ in range(times):
+            run()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    return seconds(runs) / times
+
+
+def calls(run):
+    """How many torch's profiler sees: on a GPU, launches of kernels and copies, or else all."""
+    import torch
+
+    to_the_end(run, 2)
+    with torch.profiler.profile() as profiled:
+        to_the_end(run, 1)
+    started = [event.name for event in profiled.events()]
+    if torch.cuda.is_available():
+        started = [name for name in started if name.startswith(("cudaLaunch", "cudaMemcpy"))]
+    return len(started)
 
 
 def compiled_rows(outputs, rounds, times):
@@ -209,7 +233,8 @@ def tensorflow_step(outputs, is_ours):
             parameter.assign_sub(1e-3 * gradient)
         return loss
 
-    return step, len(step.get_concrete_function().graph.get_operations())
+    nodes = step.get_concrete_function().graph.get_operations()
+    return step, sum(node.type != "Const" for node in nodes)
 
 
 def main():

@@ -2,14 +2,17 @@
 
     KERAS_BACKEND=jax python benchmarks/fit_step.py
 
-Each round trains both for an epoch of many steps, in turn, in one process; the ratio is taken
-within a round. In the last rows that is ten epochs of 50 steps, where the epochs' ends count, too.
+Each round trains both for two epochs of many steps, in turn, in one process, and takes the time of
+the second, with the callbacks at its end; the ratio is taken within a round. In the last rows that
+is ten epochs of 50 steps, with all that a `fit` does. "twin" is another model with static weights:
+how far its ratio is from 1 is the machine's doing.
 Beside it stand the operations of one step, ours and static, which do not depend on the machine: on
 JAX those that XLA's compiled step calls, each a loop, a call or a copy; on TensorFlow the nodes of
-the graph; on torch the calls that its profiler sees in an eager step.
+the graph, but constants; on torch the calls that its profiler sees in an eager step.
 """
 
 import os
+import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
@@ -30,7 +33,7 @@ def operations(model, x, y):
         import tensorflow as tf
 
         step = tf.function(model.train_step).get_concrete_function((x, y))
-        return len(step.graph.get_operations())
+        return sum(op.type != "Const" for op in step.graph.get_operations())
     if BACKEND == "torch":
         from torch.profiler import profile
 
@@ -50,38 +53,57 @@ def operations(model, x, y):
     return instructions(jax.jit(model.train_step).lower(state, (x, y)))
 
 
-def row(size, mode, outputs, rounds, duration, epochs=1, steps=None):
-    """The cells of a table's row; without `steps`, as many as take `duration` seconds."""
-    batch = SIZES[size][2]
+class Watch(keras.callbacks.Callback):
+    """Last of the callbacks, it takes the time of an epoch with what the others do at its end."""
+
+    async_safe = True
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds = time.perf_counter() - self.start
+
+
+def row(size, mode, outputs, rounds, duration, epochs=None, steps=None):
+    """The cells of a table's row: of so many epochs, or of one that takes `duration` seconds."""
+    batch, watch = SIZES[size][2], Watch()
     if mode == "eager" and BACKEND != "torch":
         rounds = min(rounds, 5)  # Of long steps.
-    static, moving = (build(outputs, moving, size, **MODES[mode]) for moving in (False, True))
+    kinds = {"static": False, "twin": False, "moving": True}
+    models = {name: build(outputs, kind, size, **MODES[mode]) for name, kind in kinds.items()}
 
-    def fit(model, callbacks, steps):
-        x, y = data(outputs, steps * batch)
-        arguments = {"batch_size": batch, "epochs": epochs, "verbose": 0, "callbacks": callbacks}
-        return lambda: model.fit(x, y, **arguments)
+    def fit(name, steps, epochs):
+        (model, callbacks), (x, y) = models[name], data(outputs, steps * batch)
+        callbacks = [*callbacks, watch]
+        return lambda *_: model.fit(x, y, batch, epochs, verbose=0, callbacks=callbacks)
 
-    fit(*static, 3)()
-    fit(*moving, 3)()
+    def second_epoch(run, times):
+        run()
+        return watch.seconds
+
     if steps is None:
-        steps = max(3, round(duration / seconds(fit(*static, 10)) * 10))
-    runs = {"static": fit(*static, steps), "moving": fit(*moving, steps)}
+        fit("static", 3, 1)()
+        fit("static", 10, 1)()
+        steps = max(3, round(duration / watch.seconds * 10))
+    runs = {name: fit(name, steps, epochs or 2) for name in models}
     for run in runs.values():
         run()
-    taken = interleaved(runs, rounds)
-    each = 1e3 * sorted(taken["static"])[rounds // 2] / steps / epochs
+    taken = interleaved(runs, rounds, clock=seconds if epochs else second_epoch)
+    each = 1e3 * sorted(taken["static"])[rounds // 2] / steps / (epochs or 1)
     counted = "-"
     if mode == ("eager" if BACKEND == "torch" else "compiled"):
-        ours, theirs = (operations(model, *data(outputs, batch)) for model, _ in (moving, static))
+        ours, theirs = (
+            operations(models[name][0], *data(outputs, batch)) for name in ("moving", "static")
+        )
         counted = f"{ours} / {theirs}"
-    trained = f"{size}, {epochs} epochs of {steps}" if epochs > 1 else size
-    ratio = shown(ratios(taken, "moving", "static"))
-    return BACKEND, mode, trained, outputs, f"{each:.2f}", ratio, counted
+    trained = f"{size}, {epochs} epochs of {steps}" if epochs else size
+    compared = [shown(ratios(taken, name, "static")) for name in ("moving", "twin")]
+    return BACKEND, mode, trained, outputs, f"{each:.2f}", *compared, counted
 
 
 def main():
-    arguments = parse(__doc__, rounds=15, seconds=0.2)
+    arguments = parse(__doc__, rounds=31, seconds=0.1)
     rounds, duration = arguments.rounds, arguments.seconds
     all_outputs, sizes, modes = (2, 8, 32), list(SIZES), list(MODES)
     if arguments.quick:
@@ -97,9 +119,11 @@ def main():
         if (BACKEND, mode, size) != ("torch", "compiled", "medium")
     ]
     short = {"epochs": 2, "steps": 2} if arguments.quick else {"epochs": 10, "steps": 50}
-    mode, rounds = "eager" if BACKEND == "torch" else "compiled", min(rounds, 9)
+    mode = "eager" if BACKEND == "torch" else "compiled"
+    rounds = min(rounds, 5 if mode == "eager" else 11)
     rows += [row("small", mode, outputs, rounds, duration, **short) for outputs in all_outputs]
-    columns = ["backend", "mode", "model", "K", "ms a step", "moving / static", "operations"]
+    columns = ["backend", "mode", "model", "K", "ms a step", "moving / static"]
+    columns += ["twin / static", "operations"]
     print_table(columns, rows)
 
 

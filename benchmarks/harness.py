@@ -23,16 +23,17 @@ def seconds(run, times=1):
     return (time.perf_counter() - start) / times
 
 
-def interleaved(runs, rounds, times=1):
+def interleaved(runs, rounds, times=1, clock=seconds):
     """Name to the seconds that a run took in each round, in which each has its turn.
 
-    Every second round goes backwards, so that no run always has the same one before it.
+    Every second round goes backwards, so that no run always has the same one before it. `clock`
+    is what runs it some times, and returns the seconds of one.
     """
     taken = {name: [] for name in runs}
     for number in range(rounds):
         gc.collect()
         for name in list(runs)[:: 1 if number % 2 else -1]:
-            taken[name].append(seconds(runs[name], times))
+            taken[name].append(clock(runs[name], times))
     return taken
 
 

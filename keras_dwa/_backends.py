@@ -97,7 +97,9 @@ class TorchBackend(Backend):
         if samples == 1:
             sums.add_(row)
         else:
-            sums.addr_(sums.new_tensor((samples, 1.0)), row)
+            # Not `addr_`, for a tensor of Python numbers makes a GPU's step wait.
+            sums[0].add_(row, alpha=samples)
+            sums[1].add_(row)
         return None
 
 

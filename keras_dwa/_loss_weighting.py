@@ -111,6 +111,10 @@ class LossWeighting(AttachedRule):
     # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.
     async_safe = True
 
+    # Whether the first batches of a `fit` are yet to be checked; whether it was said that no window
+    # was over.
+    _is_start = _is_short = False
+
     def __init__(
         self,
         outputs: Sequence[str] | Mapping[str, float],
@@ -118,15 +122,11 @@ class LossWeighting(AttachedRule):
         verbose: int = 0,
     ) -> None:
         super().__init__(outputs, update_freq, verbose)
-        self._is_short = False
-        self._is_start = False
-        self._looks_static = np.array([True, True])
         self._own_steps = OwnSteps(self._weights)
 
     def reset(self) -> None:
         super().reset()
         self._is_short = False
-        self._looks_static = np.array([True, True])
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         check_attached(self.model, self._weights, self)
@@ -202,9 +202,8 @@ class LossWeighting(AttachedRule):
         check_logs(logs, weights.names, mean)
         losses = same_in_fit(epoch_losses(logs, weights), weights)
         self._messages += add_to_logs(logs, weights)
-        if self._looks_static.any():
-            known = self.model, weights, logs, losses
-            self._looks_static = check_effect(*known, self._looks_static)
+        if weights.looks_static.any():
+            check_effect(self.model, weights, logs, losses)
         self._messages += poisoned(logs.get("loss", math.nan), losses, mean, weights.names)
         weights.epoch.is_open = False
         of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}

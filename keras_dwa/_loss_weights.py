@@ -126,6 +126,8 @@ class LossWeights(LossRecord):
         epoch: the weights that the batches of the epoch under way had.
         file: what was read since the last epoch began: the name of the rule whose state it was, ""
             if there was none, None if there was no file.
+        looks_static: whether the loss was in every epoch so far the sum under the base weights, and
+            whether it was that under none. Shape `(2,)`.
         is_distributed: whether the variables were made under a `keras.distribution`.
         parallel: torch's `DistributedDataParallel` in which the epoch under way trains, if in one.
     """
@@ -173,6 +175,7 @@ class LossWeights(LossRecord):
     def reset(self) -> None:
         """Goes back to the base weights and forgets everything."""
         self.file: str | None = None
+        self.looks_static = np.array([True, True])
         size = len(self.names)
         state = State(np.ones(size), {}, epochs=0, periods=0, window=np.zeros(size + 2))
         self.replace(state, forget_record=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import keras
 import numpy as np
-from numpy.typing import NDArray
 
 from keras_dwa._compiled import (
     fixed_part,
@@ -195,12 +194,8 @@ def _check_metrics(model: keras.Model, weights: LossWeights) -> None:
 
 
 def check_effect(
-    model: keras.Model,
-    weights: LossWeights,
-    logs: Mapping[str, float],
-    losses: Vector,
-    looks_static: NDArray[np.bool_],
-) -> NDArray[np.bool_]:
+    model: keras.Model, weights: LossWeights, logs: Mapping[str, float], losses: Vector
+) -> None:
     """Raises a ValueError if the loss is, as in every epoch so far, a sum under other weights.
 
     Args:
@@ -208,11 +203,6 @@ def check_effect(
         weights: those of the weighting.
         logs: those of the epoch.
         losses: its unweighted losses.
-        looks_static: whether the logged loss was the sum of these under the base weights in every
-            epoch before, and whether it was that under none.
-
-    Returns:
-        The `looks_static` of the next epoch.
     """
     epoch = weights.epoch
     total = logs.get("loss", math.nan) - fixed_part(model, logs, weights)
@@ -220,9 +210,9 @@ def check_effect(
     static = np.array([weights.base_weights @ losses, losses.sum()])
     is_known = epoch.is_constant or epoch.is_summed
     if not is_known or not np.isfinite([total, weighted, *static]).all():
-        return looks_static
-    looks_static = looks_static & (abs(total - static) <= 1e-5 * abs(static))
-    ignored = looks_static & (abs(weighted - static) > 1e-3 * abs(static))
+        return
+    weights.looks_static &= abs(total - static) <= 1e-5 * abs(static)
+    ignored = weights.looks_static & (abs(weighted - static) > 1e-3 * abs(static))
     if ignored.any():
         raise ValueError(
             f"The weights do not reach the loss: it was {total}, the sum under "
@@ -230,7 +220,6 @@ def check_effect(
             f"{weights.by_name(weights.epoch.mean())}. Return `super().compute_loss(...)` or a "
             "CompoundLoss from `compute_loss`; train on that in `train_step`."
         )
-    return looks_static
 
 
 def put_back(weights: LossWeights) -> list[str]:
