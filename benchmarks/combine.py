@@ -242,6 +242,8 @@ def main():
     rounds, times, all_outputs = arguments.rounds, arguments.times, (2, 8, 32)
     if arguments.quick:
         rounds, times, all_outputs = 2, 2, (2,)
+    elif BACKEND == "jax":
+        all_outputs = (2, 8, 9, 32)  # Between 8 and 9, a step with constants slows down, too.
     rows_of = torch_rows if BACKEND == "torch" else compiled_rows
     rows = [row for outputs in all_outputs for row in rows_of(outputs, rounds, times)]
     columns = ["backend", "what", "K", "against", "µs", "keras_dwa / other", "operations"]

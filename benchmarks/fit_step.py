@@ -3,15 +3,20 @@
     KERAS_BACKEND=jax python benchmarks/fit_step.py
 
 Each round trains both for two epochs of many steps, in turn, in one process, and takes the time of
-the second, with the callbacks at its end; the ratio is taken within a round. In the last rows that
+the second, with all that the callbacks do; the ratio is taken within a round. In the last rows that
 is ten epochs of 50 steps, with all that a `fit` does. "twin" is another model with static weights:
 how far its ratio is from 1 is the machine's doing.
-Beside it stand the operations of one step, ours and static, which do not depend on the machine: on
-JAX those that XLA's compiled step calls, each a loop, a call or a copy; on TensorFlow the nodes of
-the graph, but constants; on torch the calls that its profiler sees in an eager step.
+Beside it stand two counts of one step, moving and static, which do not depend on the machine. The
+operations are on JAX those that XLA's compiled step calls, each a loop, a call or a copy; on
+TensorFlow the nodes of the graph, but constants, before XLA compiles it; on torch the calls that
+its profiler sees in an eager step. Python calls are those of functions, in Python or from it, in
+all that `fit` does.
 """
 
+import collections
 import os
+import sys
+import threading
 import time
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -50,23 +55,47 @@ def operations(model, x, y):
         model.metrics_variables,
     )
     state = tuple([variable.value for variable in group] for group in groups)
-    return instructions(jax.jit(model.train_step).lower(state, (x, y)))
+    step = jax.jit(model.train_step, donate_argnums=0)  # As Keras does.
+    return instructions(step.lower(state, (x, y)))
 
 
 class Watch(keras.callbacks.Callback):
-    """Last of the callbacks, it takes the time of an epoch with what the others do at its end."""
+    """Takes the time from the end of an epoch to that of the next, with all that callbacks do."""
 
-    async_safe = True
-
-    def on_epoch_begin(self, epoch, logs=None):
-        self.start = time.perf_counter()
+    end = 0.0
 
     def on_epoch_end(self, epoch, logs=None):
-        self.seconds = time.perf_counter() - self.start
+        start, self.end = self.end, time.perf_counter()
+        self.seconds = self.end - start
+
+
+def python_calls(fit):
+    """How many functions a step calls from Python: the difference of fits of 60 and of 30."""
+    counted = []
+    for steps in (30, 60):
+        run, events = fit(steps), collections.Counter()
+        run()
+
+        def note(frame, event, arg, events=events):
+            events[event] += 1
+
+        threading.setprofile(note)  # For the thread in which Keras calls callbacks on JAX.
+        sys.setprofile(note)
+        run()
+        sys.setprofile(None)
+        threading.setprofile(None)
+        counted.append(events["call"] + events["c_call"])
+    return round((counted[1] - counted[0]) / 30)
 
 
 def row(size, mode, outputs, rounds, duration, epochs=None, steps=None):
     """The cells of a table's row: of so many epochs, or of one that takes `duration` seconds."""
+    if BACKEND == "torch":
+        import torch
+
+        # Or it compiles a function no more than 8 times, and goes on without.
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     batch, watch = SIZES[size][2], Watch()
     if mode == "eager" and BACKEND != "torch":
         rounds = min(rounds, 5)  # Of long steps.
@@ -84,26 +113,31 @@ def row(size, mode, outputs, rounds, duration, epochs=None, steps=None):
 
     if steps is None:
         fit("static", 3, 1)()
-        fit("static", 10, 1)()
+        fit("static", 10, 2)()
         steps = max(3, round(duration / watch.seconds * 10))
     runs = {name: fit(name, steps, epochs or 2) for name in models}
     for run in runs.values():
         run()
     taken = interleaved(runs, rounds, clock=seconds if epochs else second_epoch)
     each = 1e3 * sorted(taken["static"])[rounds // 2] / steps / (epochs or 1)
-    counted = "-"
+    counted = calls = "-"
     if mode == ("eager" if BACKEND == "torch" else "compiled"):
         ours, theirs = (
             operations(models[name][0], *data(outputs, batch)) for name in ("moving", "static")
         )
         counted = f"{ours} / {theirs}"
+        ours, theirs = (
+            python_calls(lambda steps, name=name: fit(name, steps, 1))
+            for name in ("moving", "static")
+        )
+        calls = f"{ours} / {theirs}"
     trained = f"{size}, {epochs} epochs of {steps}" if epochs else size
     compared = [shown(ratios(taken, name, "static")) for name in ("moving", "twin")]
-    return BACKEND, mode, trained, outputs, f"{each:.2f}", *compared, counted
+    return BACKEND, mode, trained, outputs, f"{each:.2f}", *compared, counted, calls
 
 
 def main():
-    arguments = parse(__doc__, rounds=31, seconds=0.1)
+    arguments = parse(__doc__, rounds=21, seconds=0.1)
     rounds, duration = arguments.rounds, arguments.seconds
     all_outputs, sizes, modes = (2, 8, 32), list(SIZES), list(MODES)
     if arguments.quick:
@@ -123,7 +157,7 @@ def main():
     rounds = min(rounds, 5 if mode == "eager" else 11)
     rows += [row("small", mode, outputs, rounds, duration, **short) for outputs in all_outputs]
     columns = ["backend", "mode", "model", "K", "ms a step", "moving / static"]
-    columns += ["twin / static", "operations"]
+    columns += ["twin / static", "operations", "Python calls"]
     print_table(columns, rows)
 
 

@@ -40,8 +40,9 @@ def table(script):
 def machine():
     processor = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    cores = len(os.sched_getaffinity(0))
     return (
-        f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores of {processor[1]}, Python "
+        f"{time.strftime('%Y-%m-%d')}, {cores} cores of {processor[1]}, Python "
         f"{platform.python_version()}, {', '.join(versions)}."
     )
 

@@ -8,10 +8,18 @@ import keras
 
 
 class Backend:
-    """Any backend: where a step is compiled, all this becomes a part of its kernels."""
+    """By `keras.ops` alone, on any backend and in a compiled step."""
 
     def read(self, vector: Any, entry: Any) -> Any:
-        """The weights as a tensor, of a vector variable and one of its entries."""
+        """The weights as a tensor of shape `(K,)`.
+
+        Args:
+            vector: the variable that holds them.
+            entry: the `LossWeight` of any of them.
+
+        Raises:
+            RuntimeError: if they have no value, as on JAX outside the step while an epoch runs.
+        """
         # The entry, too: where it has no value, it says why; where JAX freezes it, it notes that.
         entry.value  # noqa: B018
         return vector.value
@@ -38,29 +46,28 @@ class Backend:
                     f"{list(names)}. Found the shape {tuple(losses.shape)}."
                 )
             losses = keras.ops.cast(losses, widest_float(weights.dtype, losses.dtype))
-            weights = keras.ops.cast(keras.ops.stop_gradient(weights), losses.dtype)
-            return losses, keras.ops.sum(weights * losses)
-        scalars = [keras.ops.convert_to_tensor(term) for term in terms]
-        for name, scalar in zip(names, scalars, strict=True):
-            if scalar.shape != ():
-                raise ValueError(
-                    f"Each loss must be a scalar. Found the shape {tuple(scalar.shape)} for "
-                    f"{name!r}: reduce it first, say by `keras.ops.mean`."
-                )
-        dtype = widest_float(weights.dtype, *(scalar.dtype for scalar in scalars))
-        scalars = [keras.ops.cast(scalar, dtype) for scalar in scalars]
-        weights = keras.ops.cast(keras.ops.stop_gradient(weights), dtype)
-        # One by one, which XLA makes as few kernels of as if the weights were constants.
-        parts = zip(keras.ops.unstack(weights, len(names)), scalars, strict=True)
-        return keras.ops.stack(scalars), sum(weight * scalar for weight, scalar in parts)
+        else:
+            scalars = [keras.ops.convert_to_tensor(term) for term in terms]
+            for name, scalar in zip(names, scalars, strict=True):
+                if scalar.shape != ():
+                    raise ValueError(
+                        f"Each loss must be a scalar. Found the shape {tuple(scalar.shape)} for "
+                        f"{name!r}: reduce it first, say by `keras.ops.mean`."
+                    )
+            dtype = widest_float(weights.dtype, *(scalar.dtype for scalar in scalars))
+            losses = keras.ops.stack([keras.ops.cast(scalar, dtype) for scalar in scalars])
+        weights = keras.ops.cast(keras.ops.stop_gradient(weights), losses.dtype)
+        return losses, keras.ops.sum(weights * losses)
 
     def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
-        """Adds the losses and a 1, once times the samples and once alone, to a record's two rows.
+        """Adds a batch to a record.
 
         Args:
-            record: a variable of shape `(2, K + 1)`.
-            losses: a tensor of shape `(K,)`: this replica's part of the average over the samples.
-            samples: how many they are.
+            record: a variable of shape `(2, K + 1)`, float32 or wider. Its first row gets the
+                losses times the samples, and the samples; its second one the losses, and 1.
+            losses: a tensor of shape `(K,)`, of any float dtype: this replica's part of the average
+                over the samples.
+            samples: how many they are: a number, or a scalar tensor.
             replicas: how many take part.
         """
         dtype = record.dtype
@@ -119,7 +126,7 @@ def _is_stateless() -> bool:
 
 
 def widest_float(*dtypes: Any) -> str:
-    """The dtype that holds values of all these, where Keras may have float32 for float64."""
+    """The dtype of a result of all these, as Keras has it, but float64 if any of them is."""
     names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
     return "float64" if "float64" in names else keras.backend.result_type(*names)
 

@@ -163,7 +163,8 @@ class CompoundLoss(WeightedLoss):
             ValueError: if `values` has other names than the callback or another shape, or a value
                 is not a scalar.
         """
-        if hasattr(values, "shape"):
+        # A table of another library may have both names and a shape.
+        if hasattr(values, "shape") and not hasattr(values, "keys"):
             return self._combine(values, samples)
         if not isinstance(values, Mapping) or values.keys() != self._weights.entries.keys():
             found = list(values) if isinstance(values, Mapping) else values

@@ -87,13 +87,22 @@ class TestTorch:
     def test_compiled_whole_with_gradient_and_record(self, compound, samples):
         import torch
 
-        @torch.compile(fullgraph=True, backend="aot_eager")
+        compiled = []
+
+        def compiler(graph, inputs):
+            compiled.append(graph)
+            return graph
+
+        @torch.compile(fullgraph=True, backend=compiler)
         def step(terms):
             return compound.combine(terms, samples)
 
         terms = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+        step(terms)
+        compound.weighting.reset()
         for _ in range(2):
             loss = step(terms)
+        assert len(compiled) == 1
         assert loss.item() == 8.0
         (gradient,) = torch.autograd.grad(loss, terms)
         assert gradient.tolist() == [3.0, 0.5, 1.0]
@@ -112,6 +121,20 @@ class TestTorch:
         for factor in (1.0, 0.25, 0.0):
             weighting.assign({"b": factor})
             assert step(torch.tensor(2.0)).item() == 2 * factor
+
+    @pytest.mark.parametrize("samples", [1, 3])
+    def test_eager_step_takes_the_shortcuts_and_records_no_graph(
+        self, compound, samples, monkeypatch
+    ):
+        import torch
+
+        for name in ("combine", "add_batch"):
+            monkeypatch.setattr(Backend, name, None)
+        terms = torch.tensor([1.0, 2.0, 4.0], requires_grad=True)
+        compound.combine(terms, samples)
+        compound.combine(dict(zip(NAMES, terms.unbind(), strict=True)), samples)
+        assert not compound.weighting.variables[-1].value.requires_grad
+        assert record(compound)[1].tolist() == [2.0, 4.0, 8.0, 2.0]
 
     def test_weights_and_record_get_no_gradient(self, compound):
         import torch
