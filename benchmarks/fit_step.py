@@ -136,29 +136,30 @@ def row(size, mode, outputs, rounds, duration, epochs=None, steps=None):
     return BACKEND, mode, trained, outputs, f"{each:.2f}", *compared, counted, calls
 
 
+def rows(rounds, duration, is_quick):
+    own = "eager" if BACKEND == "torch" else "compiled"
+    all_outputs, sizes, modes = (2, 8, 32), list(SIZES), list(MODES)
+    short = {"epochs": 10, "steps": 50}
+    if is_quick:
+        # To compile takes torch most of a minute.
+        rounds, duration, all_outputs, sizes, modes = 2, 0.01, (2,), ["small"], [own]
+        short = {"epochs": 2, "steps": 2}
+    for mode in modes:
+        for size in sizes:
+            # To compile these takes torch many minutes.
+            if (BACKEND, mode, size) != ("torch", "compiled", "medium"):
+                for outputs in all_outputs:
+                    yield row(size, mode, outputs, rounds, duration)
+    rounds = min(rounds, 5 if own == "eager" else 11)
+    for outputs in all_outputs:
+        yield row("small", own, outputs, rounds, duration, **short)
+
+
 def main():
     arguments = parse(__doc__, rounds=21, seconds=0.1)
-    rounds, duration = arguments.rounds, arguments.seconds
-    all_outputs, sizes, modes = (2, 8, 32), list(SIZES), list(MODES)
-    if arguments.quick:
-        rounds, duration, all_outputs, sizes = 2, 0.01, (2,), ["small"]
-        # To compile takes torch most of a minute.
-        modes = ["eager" if BACKEND == "torch" else "compiled"]
-    rows = [
-        row(size, mode, outputs, rounds, duration)
-        for mode in modes
-        for size in sizes
-        for outputs in all_outputs
-        # To compile these takes torch many minutes.
-        if (BACKEND, mode, size) != ("torch", "compiled", "medium")
-    ]
-    short = {"epochs": 2, "steps": 2} if arguments.quick else {"epochs": 10, "steps": 50}
-    mode = "eager" if BACKEND == "torch" else "compiled"
-    rounds = min(rounds, 5 if mode == "eager" else 11)
-    rows += [row("small", mode, outputs, rounds, duration, **short) for outputs in all_outputs]
     columns = ["backend", "mode", "model", "K", "ms a step", "moving / static"]
     columns += ["twin / static", "operations", "Python calls"]
-    print_table(columns, rows)
+    print_table(columns, rows(arguments.rounds, arguments.seconds, arguments.quick))
 
 
 if __name__ == "__main__":

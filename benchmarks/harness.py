@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import itertools
 import statistics
 import time
 
@@ -51,9 +52,9 @@ def shown(values, digits=2):
 
 
 def print_table(columns, rows):
-    """A table in Markdown."""
-    for cells in (columns, ["---"] * len(columns), *rows):
-        print("|", " | ".join(map(str, cells)), "|")
+    """A table in Markdown, row by row as they are measured."""
+    for cells in itertools.chain([columns, ["---"] * len(columns)], rows):
+        print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def instructions(lowered):

@@ -25,7 +25,7 @@ import keras_dwa
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
 Y = {"sum": X.sum(axis=1, keepdims=True), "mean": X.mean(axis=1, keepdims=True)}
-OURS = tracemalloc.Filter(True, str(Path(keras_dwa.__file__).parent / "*"), all_frames=True)
+OURS = tracemalloc.Filter(True, str(Path(keras_dwa.__file__).parent / "*"))
 
 
 def allocated(snapshot):
@@ -50,7 +50,7 @@ def train(epochs, dwa=None):
 
 def main():
     is_quick = parse(__doc__).quick
-    tracemalloc.start(25)
+    tracemalloc.start()
     train(10 if is_quick else 500, keras_dwa.DynamicWeightAverage(list(Y)))
     rows = []
     for epochs in (5,) if is_quick else (5, 50, 500):

@@ -11,8 +11,9 @@ step leaves out once it is traced. On torch, where the models are compiled with 
 the graphs that `torch.compile` made (`unique_graphs`), and beside them its graph breaks. There are
 many of both, also with static weights.
 
-The time is that of a few more epochs (not counted), which all ways but the last train in turn, in
-the same process: the ratio to static weights within a round, as the median, with the quartiles.
+The time, not on torch, is that of a few more epochs (not counted), which all ways but the last
+train in turn, in the same process: the ratio to static weights within a round, as the median, with
+the quartiles.
 """
 
 import functools
@@ -107,7 +108,8 @@ def measured(is_quick):
     trained_compiling_again(again, is_quick)
     counted.append(("static, compiled again each epoch", again, *np.subtract(counts(), before)))
 
-    taken = interleaved(runs, rounds)
+    # On torch, what was compiled for the models before was reset.
+    taken = {} if BACKEND == "torch" else interleaved(runs, rounds)
     for name, trained_for, traces, breaks in counted:
         breaks = breaks if BACKEND == "torch" else "-"
         time = shown(ratios(taken, name, "static")) if name in taken else "-"
