@@ -1,4 +1,4 @@
-"""Does it help? The study behind `docs/evidence.md`: about an hour on two cores.
+"""Does it help? The study behind the evidence page: every rule, on six families of tasks.
 
     python benchmarks/study/run.py
 
