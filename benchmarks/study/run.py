@@ -37,7 +37,7 @@ from training import train
 
 FOLDER = Path(__file__).parent
 PAGES = FOLDER.parents[1] / "docs"
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = tuple(range(10))
 # Choices are made on other seeds.
 OTHER_SEEDS = (100, 101)
