@@ -22,8 +22,8 @@ BACKENDS = {
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
-        *("assign", "compound_loss", "config", "distribution", "fit", "interrupted", "logs"),
-        *("models", "own_steps", "rules", "saving", "scheduler", "state", "windows", "wiring"),
+        *("compound_loss", "config", "distribution", "fit", "logs", "models"),
+        *("own_steps", "saving", "state", "windows", "wiring"),
     )
 ]
 MANUAL = ["README.md", "docs"]
@@ -47,6 +47,11 @@ THIRD_PARTY = [
 def install(session, *packages):
     # What is imported is compiled then, which takes less than to compile all of it now.
     session.install("--no-compile", "-c", "constraints.txt", *packages)
+
+
+def install_all_backends(session):
+    packages = dict.fromkeys(package for packages in BACKENDS.values() for package in packages)
+    install(session, KERAS, *packages, "scikit-learn", "matplotlib", ".")
 
 
 def run_tests(session, backend, *arguments, runner=("pytest",), files=("tests", "keras_dwa")):
@@ -139,11 +144,17 @@ def nightly(session, backend):
 @nox.session(default=False)
 def benchmarks(session):
     """Measures the tables of `benchmarks/README.md` anew. About an hour."""
-    packages = dict.fromkeys(package for packages in BACKENDS.values() for package in packages)
-    install(session, KERAS, *packages, "scikit-learn", ".")
+    install_all_backends(session)
     # It requires torchvision, which its weightings do not import.
     session.install("--no-deps", "LibMTL==1.1.5")
     session.run("python", "benchmarks/run.py", *session.posargs)
+
+
+@nox.session(default=False)
+def study(session):
+    """Trains what the study of `docs/evidence.md` lacks, and writes its tables and pictures."""
+    install_all_backends(session)
+    session.run("python", "benchmarks/study/run.py", *session.posargs)
 
 
 @nox.session(default=False)

@@ -256,5 +256,5 @@ FAMILIES = {
         epochs=40,
     ),
     "dense": dense_family(attention=False),
-    "dense, MTAN": dense_family(attention=True),
+    "mtan": dense_family(attention=True),
 }

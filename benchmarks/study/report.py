@@ -1,4 +1,4 @@
-"""The tables and pictures of `docs/evidence.md`, from the study's results."""
+"""The tables and pictures of `docs/evidence.md` and of the README, from the study's results."""
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,6 +12,10 @@ SHOWN = {
     "random": "#D55E00",
     "static, tuned": "#009E73",
 }
+# In the README.
+SUMMARY = ("DWA, T = 2", "DWA, T = 0.5", "random", "static, tuned")
+# In the picture of weights.
+DRAWN = "DWA, T = 2"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 
 
@@ -63,19 +67,24 @@ def methods(results):
     return [n for n in names if not n.startswith(("rate", "drawn")) and not n.endswith("alone")]
 
 
+def shown(one):
+    """A comparison, in bold if its corrected p-value is below 5%."""
+    text = f"{one.mean:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
+    return f"**{text}**" if one.corrected < 0.05 else text
+
+
 def difference_table(found):
-    names = list(dict.fromkeys(name for of_family in found.values() for name in of_family))
-    rows = []
-    for name in names:
-        cells = []
-        for of_family in found.values():
-            if one := of_family.get(name):
-                text = f"{one.mean:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
-                cells.append(f"**{text}**" if one.corrected < 0.05 else text)
-            else:
-                cells.append("-")
-        rows.append([name, *cells])
+    names = dict.fromkeys(name for of_family in found.values() for name in of_family)
+    rows = [
+        [name, *(shown(of[name]) if name in of else "-" for of in found.values())] for name in names
+    ]
     return table(["against equal weights", *found], rows)
+
+
+def summary_table(found):
+    names = [name for name in SUMMARY if all(name in of_family for of_family in found.values())]
+    rows = [[family, *(shown(of[name]) for name in names)] for family, of in found.items()]
+    return table(["", *names], rows)
 
 
 def gain_table(all_results):
@@ -94,8 +103,9 @@ def gain_table(all_results):
 def backend_table(backends):
     """Gains over each task alone, and the differences to equal weights, on each backend."""
     rows = []
+    of_all = set.intersection(*(set(methods(results)) for results in backends.values()))
     for backend, results in backends.items():
-        for name in methods(results):
+        for name in filter(of_all.__contains__, methods(results)):
             gains = results.at_best(name, results.gains(name, "test"))
             row = [backend, name, f"{gains.mean():+.1f} ± {gains.std(ddof=1):.1f}", "-"]
             if name != "equal":
@@ -119,76 +129,76 @@ def metric_table(results):
     return table(["", *results.family.metric_names, "best epoch"], rows)
 
 
-def draw_differences(found):
-    figure = Figure((10, 2 + 2.4 * len(found) / 2), layout="constrained")
-    panels = figure.subplots(-(-len(found) // 2), 2, squeeze=False).flat
-    for panel, (family, of_family) in zip(panels, found.items(), strict=False):
-        for row, one in enumerate(reversed(of_family.values())):
-            colour = "#D55E00" if one.corrected < 0.05 else "0.3"
-            panel.plot([one.low, one.high], [row, row], color=colour)
-            panel.plot(one.mean, row, "o", color=colour, markersize=4)
-        panel.axvline(0, color="0.5", linestyle=":")
-        panel.set_yticks(range(len(of_family)), list(reversed(of_family)), fontsize=8)
-        panel.set(title=family, xlabel="percentage points against equal weights")
-    return figure
-
-
-def draw_curves(all_results):
-    figure = Figure((10, 2 + 2.2 * len(all_results) / 2), layout="constrained")
-    panels = figure.subplots(-(-len(all_results) // 2), 2, squeeze=False).flat
-    for panel, (family, results) in zip(panels, all_results.items(), strict=False):
-        for name, colour in SHOWN.items():
-            if name in methods(results):
-                gains = results.gains(name, "val").mean(axis=0)
-                panel.plot(1 + np.arange(len(gains)), gains, color=colour, label=name)
-        panel.set(title=family, xlabel="epoch", ylabel="gain on validation, %")
-        panel.set_ylim(bottom=np.percentile(results.gains("equal", "val").mean(axis=0), 15))
+def draw(families, draw_panel):
+    """A figure with a panel for each family, which `draw_panel(panel, of_family)` fills."""
+    rows = -(-len(families) // 2)
+    figure = Figure((10, 2 + 2.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, 2, squeeze=False).flat
+    for panel, (name, of_family) in zip(panels, families.items(), strict=False):
+        panel.set_title(name)
         panel.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+        draw_panel(panel, of_family)
     return figure
 
 
-def draw_weights(all_results, method="DWA, T = 2"):
-    figure = Figure((10, 2 + 2.2 * len(all_results) / 2), layout="constrained")
-    panels = figure.subplots(-(-len(all_results) // 2), 2, squeeze=False).flat
-    for panel, (family, results) in zip(panels, all_results.items(), strict=False):
-        for task, colour in zip(results.family.tasks, COLOURS, strict=False):
-            weights = results.column(method, f"{task}: weight")
-            epochs = 1 + np.arange(weights.shape[1])
-            panel.plot(epochs, weights.mean(axis=0), color=colour, label=task)
-            panel.fill_between(
-                epochs, weights.min(axis=0), weights.max(axis=0), color=colour, alpha=0.2
-            )
-        panel.set(title=family, xlabel="epoch", ylabel=f"weight, {method}")
-        panel.legend(fontsize=7)
-        panel.grid(alpha=0.3)
-    return figure
+def draw_differences(panel, of_family):
+    for row, one in enumerate(reversed(of_family.values())):
+        colour = "#D55E00" if one.corrected < 0.05 else "0.3"
+        panel.plot([one.low, one.high], [row, row], color=colour)
+        panel.plot(one.mean, row, "o", color=colour, markersize=4)
+    panel.axvline(0, color="0.5", linestyle=":")
+    panel.set_yticks(range(len(of_family)), list(reversed(of_family)), fontsize=8)
+    panel.set_xlabel("percentage points against equal weights")
 
 
-def write(all_results, backends, page, pictures):
-    """Writes the tables into their places in the page, and the pictures.
+def draw_curves(panel, results):
+    shown = [name for name in SHOWN if name in methods(results)]
+    curves = [results.gains(name, "val").mean(axis=0) for name in shown]
+    for name, gains in zip(shown, curves, strict=True):
+        panel.plot(1 + np.arange(len(gains)), gains, color=SHOWN[name], label=name)
+    # The first epochs are far below all else.
+    panel.set_ylim(bottom=1.2 * min(map(np.median, curves)))
+    panel.set(xlabel="epoch", ylabel="gain on validation, %")
+    panel.legend(fontsize=7)
+
+
+def draw_weights(panel, results):
+    for task, colour in zip(results.family.tasks, COLOURS, strict=False):
+        weights = results.column(DRAWN, f"{task}: weight")
+        epochs = 1 + np.arange(weights.shape[1])
+        panel.plot(epochs, weights.mean(axis=0), color=colour, label=task)
+        low, high = weights.min(axis=0), weights.max(axis=0)
+        panel.fill_between(epochs, low, high, color=colour, alpha=0.2)
+    panel.set(xlabel="epoch", ylabel=f"weight, {DRAWN}")
+    panel.legend(fontsize=7)
+
+
+def write(all_results, backends, pages, pictures):
+    """Writes the tables into their places in the pages, and the pictures.
 
     Args:
         all_results: name to results of each family.
-        backends: backend to results of the subset.
-        page: a path. A place begins with `<!-- name -->` and ends with `<!-- end -->`; a page that
+        backends: backend to results of a family there.
+        pages: paths. A place begins with `<!-- name -->` and ends with `<!-- end -->`; a page that
             does not exist is made of all of them.
         pictures: the folder of the pictures.
     """
     found = comparisons(all_results)
     blocks = {"differences": difference_table(found), "gains": gain_table(all_results)}
-    blocks["backends"] = backend_table(backends)
+    blocks |= {"summary": summary_table(found), "backends": backend_table(backends)}
     blocks |= {name: metric_table(results) for name, results in all_results.items()}
-    if not page.exists():
-        page.write_text("\n".join(f"<!-- {name} -->\n<!-- end -->\n" for name in blocks))
-    text = page.read_text()
-    for name, block in blocks.items():
-        before, start, rest = text.partition(f"<!-- {name} -->\n")
-        text = before + start + block + "\n" + rest[rest.index("<!-- end -->") :]
-    page.write_text(text)
+    for page in pages:
+        if not page.exists():
+            page.write_text("\n".join(f"<!-- {name} -->\n<!-- end -->\n" for name in blocks))
+        text = page.read_text()
+        for name, block in blocks.items():
+            before, start, rest = text.partition(f"<!-- {name} -->\n")
+            if start:
+                text = before + start + block + "\n" + rest[rest.index("<!-- end -->") :]
+        page.write_text(text)
     for name, figure in {
-        "differences": draw_differences(found),
-        "curves": draw_curves(all_results),
-        "weights": draw_weights(all_results),
+        "differences": draw(found, draw_differences),
+        "curves": draw(all_results, draw_curves),
+        "weights": draw(all_results, draw_weights),
     }.items():
-        figure.savefig(pictures / f"evidence_{name}.png", dpi=90)
+        figure.savefig(pictures / f"evidence_{name}.png", dpi=75)

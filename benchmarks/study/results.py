@@ -30,7 +30,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.path.with_suffix(".part")
         with whole.open("w", newline="") as file:
-            csv.DictWriter(file, columns(self.family)).writeheader()
+            self._writer(file).writeheader()
         for rows in found.values():
             if len(rows) == epochs and None not in rows[-1].values():
                 self.add(rows, whole)
@@ -39,9 +39,8 @@ class Results:
     def add(self, rows, path=None):
         """Adds a run and writes it to the file."""
         written = io.StringIO(newline="")
-        writer = csv.DictWriter(written, columns(self.family))
         rows = [{key: _shown(value) for key, value in row.items()} for row in rows]
-        writer.writerows(rows)
+        self._writer(written).writerows(rows)
         with (path or self.path).open("a", newline="") as file:
             file.write(written.getvalue())
         self.runs[rows[0]["method"], int(rows[0]["seed"])] = rows
@@ -91,6 +90,9 @@ class Results:
     def at_best(self, method, values):
         """Of values of shape `(S, epochs)`, those of the best epochs."""
         return values[np.arange(len(values)), self.best(method)]
+
+    def _writer(self, file):
+        return csv.DictWriter(file, columns(self.family), lineterminator="\n")
 
     def _sign(self, metric):
         return 1 if metric in self.family.higher else -1

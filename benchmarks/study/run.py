@@ -2,9 +2,9 @@
 
     python benchmarks/study/run.py
 
-trains six families of tasks by every method on ten seeds, and writes the tables and the pictures of
-the page. What was trained is in `results/` and is not trained again, so that the study goes on
-after a kill; delete a file there to train its family anew.
+trains six families of tasks by every method on ten seeds, and writes the tables and pictures of
+`docs/evidence.md` and of the README. What was trained is in `results/` and is not trained again, so
+that the study goes on after a kill; delete a file there to train its family anew.
 
 For each family, in this order: the learning rate is chosen for equal weights, by the lowest
 `val_base_loss` of any epoch, and used for all; each task is trained alone; static weights are drawn
@@ -36,7 +36,8 @@ from results import Results
 from training import train
 
 FOLDER = Path(__file__).parent
-PAGES = FOLDER.parents[1] / "docs"
+PROJECT = FOLDER.parents[1]
+DOCS = PROJECT / "docs"
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = tuple(range(10))
 # Choices are made on other seeds.
@@ -132,7 +133,7 @@ def main():
         all_results = {"vae": Results(folder, "vae", 2)}
         study = Study(all_results["vae"], "vae", lambda jobs: map(trained, jobs), 2)
         study.complete(RATES[1:2], SEEDS[:2], ["equal", "DWA, T = 2"], 2)
-        return write(all_results, {}, folder / "evidence.md", folder)
+        return write(all_results, all_results, [folder / "evidence.md"], folder)
     all_results = {name: Results(FOLDER / "results", name) for name in FAMILIES}
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
@@ -146,7 +147,8 @@ def main():
     whole = all_results[SUBSET]
     (first, *_) = whole.runs["equal", SEEDS[0]]
     backends = {"jax": whole.subset(SUBSET_SEEDS), **on_backends(first["rate"])}
-    write(all_results, backends, PAGES / "evidence.md", PAGES / "pictures")
+    pages = [PROJECT / "README.md", DOCS / "evidence.md"]
+    write(all_results, backends, pages, DOCS / "pictures")
 
 
 if __name__ == "__main__":
