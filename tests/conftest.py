@@ -17,6 +17,12 @@ if BACKEND == "tensorflow":
     # The suite traces far longer than it runs what is traced.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
+if BACKEND == "torch":
+    import torch
+
+    # Traces whole steps and differentiates them, but calls no C++ compiler, which takes minutes.
+    torch.compiler.set_default_backend("aot_eager")
+
 # Keras collects garbage after every test; what is imported need not be looked through each time.
 gc.freeze()
 

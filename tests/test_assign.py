@@ -50,7 +50,7 @@ class Assign(keras.callbacks.Callback):
         self._assign("on_epoch_end", epoch)
 
 
-def parameters_under_static_weights(initial, weights, mode):
+def parameters_under_static_weights(initial, weights):
     """Trained batch by batch, compiled anew where the (easy, hard) weights differ."""
     model = dict_model()
     model.set_weights(initial)
@@ -58,7 +58,7 @@ def parameters_under_static_weights(initial, weights, mode):
     for index, (easy, hard) in enumerate(weights):
         if (easy, hard) != former:
             static = {"easy": float(easy), "hard": float(hard)}
-            model.compile(optimizer, LOSSES, loss_weights=static, **mode)
+            model.compile(optimizer, LOSSES, loss_weights=static)
         former = easy, hard
         batch = slice(index % 5 * 8, index % 5 * 8 + 8)
         model.train_on_batch(X[batch], {name: target[batch] for name, target in Y.items()})
@@ -92,9 +92,8 @@ def check_assigned_factors(weighting, mode, callbacks):
     history = model.fit(X, Y, validation_data=(X, Y), callbacks=callbacks(assign), **fit).history
 
     had = [(3, 0.5)] * 2 + [(3, 0)] * 3 + [(6, 0)] * 5 + [(6, 1)] * 5
-    for ours, static in zip(
-        model.get_weights(), parameters_under_static_weights(initial, had, mode), strict=True
-    ):
+    expected = parameters_under_static_weights(initial, had)
+    for ours, static in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_allclose(ours, static, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(history["easy_weight"], [3, 6, 6], rtol=1e-6)
     np.testing.assert_allclose(history["hard_weight"], [2 / 5 * 0.5, 0, 1], rtol=1e-6)

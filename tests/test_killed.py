@@ -42,10 +42,14 @@ def check_same(folder, expected):
         np.testing.assert_array_equal(trained[key], whole[key], strict=True)
 
 
-@pytest.mark.parametrize("rule", [Momentum, InWindows])
-def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, rule):
+@pytest.mark.parametrize(
+    ("rule", "kills"),
+    [(Momentum, [(0, 1), (1, 3), (4, 0)]), (InWindows, [(2, 3)])],
+    ids=["epochs", "windows"],
+)
+def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, rule, kills):
     run(tmp_path / "whole", "epoch", rule)
-    for epoch, batch in [(0, 1), (1, 3), (2, 0), (4, 2)]:
+    for epoch, batch in kills:
         run_and_kill(tmp_path / "killed", "epoch", epoch, batch, rule)
     run(tmp_path / "killed", "epoch", rule)
     check_same(tmp_path / "killed", tmp_path / "whole")

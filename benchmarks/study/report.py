@@ -13,7 +13,7 @@ SHOWN = {
     "static, tuned": "#009E73",
 }
 # In the README.
-SUMMARY = ("DWA, T = 2", "DWA, T = 0.5", "random", "static, tuned")
+SUMMARY = ("DWA, T = 2", "DWA, T = 0.5", "static, tuned")
 # In the picture of weights.
 DRAWN = "DWA, T = 2"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
