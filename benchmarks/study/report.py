@@ -25,6 +25,12 @@ def table(columns, rows):
     return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
+def interval(differences):
+    """That of 95% of their mean, by bootstrap."""
+    resampled = stats.bootstrap((differences,), np.mean, method="percentile", rng=0)
+    return resampled.confidence_interval
+
+
 class Comparison:
     """By how many percentage points a method's gain is above that of equal weights.
 
@@ -32,7 +38,7 @@ class Comparison:
 
     Attributes:
         mean: over the seeds.
-        low, high: the interval of 95% of it, by bootstrap over the seeds.
+        low, high: its interval.
         p: of the exact test that flips the signs of the seeds' differences.
     """
 
@@ -40,8 +46,7 @@ class Comparison:
         gains = [results.at_best(name, results.gains(name, "test")) for name in (method, "equal")]
         differences = np.subtract(*gains)
         self.mean = differences.mean()
-        interval = stats.bootstrap((differences,), np.mean, method="percentile", rng=0)
-        self.low, self.high = interval.confidence_interval
+        self.low, self.high = interval(differences)
         flipped = stats.permutation_test(
             (differences,), np.mean, permutation_type="samples", n_resamples=np.inf
         )
@@ -120,8 +125,15 @@ def metric_table(results):
     for name in methods(results):
         cells = []
         for metric in results.family.metric_names:
-            values = results.at_best(name, results.column(name, f"{metric}: test"))
-            cells.append(f"{values.mean():.4g} ± {values.std(ddof=1):.2g}")
+            values, of_equal = (
+                results.at_best(each, results.column(each, f"{metric}: test"))
+                for each in (name, "equal")
+            )
+            if name == "equal":
+                cells.append(f"{values.mean():.4g} ± {values.std(ddof=1):.2g}")
+            else:
+                low, high = interval(values - of_equal)
+                cells.append(f"{values.mean():.4g} ({low:+.2g} to {high:+.2g})")
         rows.append([name, *cells, f"{results.best(name).mean() + 1:.0f}"])
     if results.family.judged == results.family.tasks:
         alone = results.references("test").values()
