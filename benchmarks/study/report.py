@@ -2,6 +2,7 @@
 
 import numpy as np
 from matplotlib.figure import Figure
+from methods import TEMPERATURES
 from scipy import stats
 
 # In the curves: method to colour.
@@ -13,7 +14,7 @@ SHOWN = {
     "static, tuned": "#009E73",
 }
 # In the README.
-SUMMARY = ("DWA, T = 2", "DWA, T = 0.5", "static, tuned")
+SUMMARY = (*(f"DWA, T = {t:g}" for t in TEMPERATURES), "random", "static, tuned")
 # In the picture of weights.
 DRAWN = "DWA, T = 2"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -72,9 +73,11 @@ def methods(results):
     return [n for n in names if not n.startswith(("rate", "drawn")) and not n.endswith("alone")]
 
 
-def shown(one):
+def shown(one, with_interval=True):
     """A comparison, in bold if its corrected p-value is below 5%."""
-    text = f"{one.mean:+.1f} ({one.low:+.1f} to {one.high:+.1f})"
+    text = f"{one.mean:+.1f}"
+    if with_interval:
+        text += f" ({one.low:+.1f} to {one.high:+.1f})"
     return f"**{text}**" if one.corrected < 0.05 else text
 
 
@@ -88,7 +91,10 @@ def difference_table(found):
 
 def summary_table(found):
     names = [name for name in SUMMARY if all(name in of_family for of_family in found.values())]
-    rows = [[family, *(shown(of[name]) for name in names)] for family, of in found.items()]
+    rows = [
+        [family, *(shown(of[name], with_interval=False) for name in names)]
+        for family, of in found.items()
+    ]
     return table(["", *names], rows)
 
 
@@ -164,9 +170,9 @@ def draw_differences(panel, of_family):
 
 
 def draw_curves(panel, results):
-    shown = [name for name in SHOWN if name in methods(results)]
-    curves = [results.gains(name, "val").mean(axis=0) for name in shown]
-    for name, gains in zip(shown, curves, strict=True):
+    names = [name for name in SHOWN if name in methods(results)]
+    curves = [results.gains(name, "val").mean(axis=0) for name in names]
+    for name, gains in zip(names, curves, strict=True):
         panel.plot(1 + np.arange(len(gains)), gains, color=SHOWN[name], label=name)
     # The first epochs are far below all else.
     panel.set_ylim(bottom=1.2 * min(map(np.median, curves)))

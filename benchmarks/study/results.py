@@ -24,15 +24,15 @@ class Results:
         self.runs, epochs = {}, epochs or self.family.epochs
         found = {}
         if self.path.exists():
-            with self.path.open(newline="") as file:
-                for row in csv.DictReader(file):
-                    found.setdefault((row["method"], row["seed"]), []).append(row)
+            lines = self.path.read_text().splitlines(keepends=True)
+            for row in csv.DictReader(line for line in lines if line.endswith("\n")):
+                found.setdefault((row["method"], row["seed"]), []).append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         whole = self.path.with_suffix(".part")
         with whole.open("w", newline="") as file:
             self._writer(file).writeheader()
         for rows in found.values():
-            if len(rows) == epochs and None not in rows[-1].values():
+            if len(rows) == epochs:
                 self.add(rows, whole)
         whole.replace(self.path)
 

@@ -123,17 +123,23 @@ def subset(rate):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--subset", type=float, metavar="RATE", help="only that, on this backend")
-    parser.add_argument("--quick", action="store_true", help="a small part, for the tests")
-    parser.add_argument("--folder", type=Path, help="of results, page and pictures, with --quick")
+    parser.add_argument(
+        "--quick",
+        type=Path,
+        metavar="FOLDER",
+        help="a small part, in FOLDER: for the tests",
+    )
     arguments = parser.parse_args()
     if arguments.subset:
         return subset(arguments.subset)
     if arguments.quick:
-        folder = arguments.folder
-        all_results = {"vae": Results(folder, "vae", 2)}
-        study = Study(all_results["vae"], "vae", lambda jobs: map(trained, jobs), 2)
+        folder = arguments.quick
+        all_results = {SUBSET: Results(folder, SUBSET, 2)}
+        study = Study(all_results[SUBSET], SUBSET, lambda jobs: map(trained, jobs), 2)
         study.complete(RATES[1:2], SEEDS[:2], ["equal", "DWA, T = 2"], 2)
         return write(all_results, all_results, [folder / "evidence.md"], folder)
+    if keras.backend.backend() != "jax":
+        parser.error("What was trained so far was so on JAX: leave KERAS_BACKEND alone.")
     all_results = {name: Results(FOLDER / "results", name) for name in FAMILIES}
     context = multiprocessing.get_context("spawn")
     cores = context.SimpleQueue()
