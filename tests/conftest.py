@@ -17,12 +17,6 @@ if BACKEND == "tensorflow":
     # The suite traces far longer than it runs what is traced.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
-if BACKEND == "torch":
-    import torch
-
-    # Traces whole steps and differentiates them, but calls no C++ compiler, which takes minutes.
-    torch.compiler.set_default_backend("aot_eager")
-
 # Keras collects garbage after every test; what is imported need not be looked through each time.
 gc.freeze()
 
@@ -55,3 +49,11 @@ def pytest_addoption(parser):
         help="run a test in the default mode of `compile`; eagerly, and where it is marked in "
         "every mode, too; or each in every mode",
     )
+
+
+def pytest_configure(config):
+    if BACKEND == "torch" and config.getoption("--modes") != "every":
+        import torch
+
+        # Traces and differentiates whole steps, but calls no C++ compiler, which takes minutes.
+        torch.compiler.set_default_backend("aot_eager")
