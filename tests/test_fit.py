@@ -62,6 +62,7 @@ def test_parameters_move_by_the_weighted_gradient(mode):
             np.testing.assert_allclose(new_head - head, -0.1 * head_gradient, atol=1e-6)
         np.testing.assert_allclose(new[0] - trunk, -0.1 * trunk_gradient, atol=1e-6)
     check_run(history, dwa)
+    assert abs(history["easy_weight"][3] - 1) > 0.01
 
 
 @pytest.mark.parametrize("update_freq", ["epoch", 2])

@@ -117,7 +117,7 @@ def texts(panel):
 
 
 @one_backend
-@pytest.mark.parametrize("number", [2, 7, 12])
+@pytest.mark.parametrize("number", [2, 7, 20])
 def test_every_output_has_its_name_and_no_text_is_on_another(number):
     names = [f"heads/left/number_{index}_$a_1$" for index in range(number)]
     history = made_up(*names, epochs=30, base_loss=[1.0] * 30)
