@@ -1,4 +1,4 @@
-"""`nox` runs everything that is checked; `nox --list` shows what runs only on demand."""
+"""`nox` runs what a change must pass, `nox -s quick` a part, `nox -s deep` the rest."""
 
 import zipfile
 from pathlib import Path
@@ -12,27 +12,33 @@ KERAS = "keras==3.15.1"
 OLDEST_KERAS = "keras==3.10.0"
 BACKENDS = {
     "tensorflow": ["tensorflow-cpu==2.21.0", "tensorboard==2.21.0"],
-    "jax": ["jax==0.10.2"],
+    # With what says nothing about a backend, and is tested on this one. The tuner imports six, and
+    # does not require it.
+    "jax": ["jax==0.10.2", "ipython", "keras-tuner", "six"],
     # With JAX, to read and write each other's files.
     "torch": [
         *("torch==2.13.0", "torchjd==0.18.0", "softadapt==0.2.0", "onnx", "onnxscript"),
         "jax==0.10.2",
     ],
 }
+MANUAL = ["README.md", "docs"]
+PACKAGE = ["tests", "keras_dwa"]
+# What shows most: weights in the loss and in the gradient, logs, rules, bad input, state.
+QUICK = [
+    f"tests/test_{name}.py"
+    for name in ("formula", "fit", "logs", "rules", "assign", "scheduler", "bad_input", "state")
+]
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
-        *("compound_loss", "config", "distribution", "fit", "logs", "models"),
+        *("compound_loss", "config", "fit", "logs", "models"),
         *("own_steps", "saving", "state", "windows", "wiring"),
     )
 ]
-MANUAL = ["README.md", "docs"]
-TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
-TEST_TOOLS += ["matplotlib", "ipython"]
-# The tuner imports six, and does not require it.
-TEST_TOOLS += ["cloudpickle", "coverage", "keras-tuner", "six"]
 # What runs code of torch alone.
 TORCH_ALONE = ["tests/test_ranks.py", "tests/test_backends.py"]
+TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
+TEST_TOOLS += ["matplotlib", "cloudpickle"]
 TRACED = ("coverage", "run", "-m", "pytest")
 THIRD_PARTY = [
     "keras-rs==0.4.0",
@@ -54,7 +60,7 @@ def install_all_backends(session):
     install(session, KERAS, *packages, "scikit-learn", "matplotlib", ".")
 
 
-def run_tests(session, backend, *arguments, runner=("pytest",), files=("tests", "keras_dwa")):
+def run_tests(session, backend, *arguments, runner=("pytest",)):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     # The suite compiles far longer than it runs what is compiled, and much of it more than once.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
@@ -63,15 +69,18 @@ def run_tests(session, backend, *arguments, runner=("pytest",), files=("tests", 
     # Many tests start processes, and to compile TensorFlow's Python files takes most of an import.
     environment["PYTHONDONTWRITEBYTECODE"] = ""
     # A file is for one worker, since one block of the README builds on another.
-    workers = ["-n", "2", "--dist", "loadfile"]
-    session.run(*runner, *workers, *arguments, *files, env=environment)
+    session.run(*runner, "-n", "2", "--dist", "loadfile", *arguments, env=environment)
+
+
+def check_style(session):
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
 
 
 @nox.session
 def lint(session):
     install(session, "ruff")
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
+    check_style(session)
 
 
 @nox.session
@@ -83,11 +92,69 @@ def types(session):
 @nox.session
 def docs(session):
     """The manual as a site, in `site/`: every link and reference holds."""
-    install(session, "mkdocs-material", "mkdocstrings[python]")
-    session.run("mkdocs", "build", "--quiet", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
+    install(session, "mkdocs-material", "mkdocstrings[python]", "ruff")
+    # With `--quiet`, nothing is strict.
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
+@nox.parametrize("backend", list(BACKENDS))
+def tests(session, backend):
+    """The suite with the examples in short, the docstrings' code, and the README's."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    run_tests(session, backend, *MANUAL, *PACKAGE)
+
+
+@nox.session(default=False, reuse_venv=True)
+def quick(session):
+    """While you work: style, types, and on JAX what shows most."""
+    install(session, "ruff", "mypy", KERAS, *BACKENDS["jax"], *TEST_TOOLS)
+    check_style(session)
+    session.run("mypy")
+    run_tests(session, "jax", "-k", "not eager", *QUICK)
+
+
+@nox.session(default=False, venv_backend="none")
+def deep(session):
+    """What is worth running, not worth waiting for: beyond what `nox` runs."""
+    for backend in BACKENDS:
+        session.notify(f"rest(backend='{backend}')")
+    for name in ("oldest", "coverage", "package"):
+        session.notify(name)
+
+
+@nox.session(default=False)
+@nox.parametrize("backend", list(BACKENDS))
+def rest(session, backend):
+    """Tests in every mode, in many processes, of benchmarks; on JAX every test, for its branches."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "coverage", ".")
+    if backend == "jax":
+        # Which takes all branches but torch's own. Tracing doubles the time, on Python 3.11.
+        session.run("coverage", "erase")
+        run_tests(session, backend, "-m", "", *PACKAGE, runner=TRACED)
+    elif backend == "torch":
+        run_tests(session, backend, "-m", "deep", *PACKAGE)
+        run_tests(session, backend, "-m", "", *TORCH_ALONE, runner=TRACED)
+    else:
+        run_tests(session, backend, "-m", "deep", *PACKAGE)
+
+
+@nox.session(default=False)
+def oldest(session):
+    """On the oldest Keras that runs with today's JAX: what depends on its version."""
+    install(session, OLDEST_KERAS, *BACKENDS["jax"], *TEST_TOOLS, ".")
+    run_tests(session, "jax", "-k", "not eager", *DEPEND_ON_KERAS)
+
+
+@nox.session(default=False)
+def coverage(session):
+    """Every branch of the package ran in `rest`."""
+    install(session, "coverage")
+    session.run("coverage", "combine", "--quiet")
+    session.run("coverage", "report")
+
+
+@nox.session(default=False)
 def package(session):
     """What would be published: built, and shown as it would be."""
     install(session, "build", "twine")
@@ -96,37 +163,6 @@ def package(session):
     session.run("twine", "check", "--strict", *map(str, wheel.parent.glob("keras_dwa*")))
     if "keras_dwa/py.typed" not in zipfile.ZipFile(wheel).namelist():
         session.error(f"{wheel} lacks py.typed")
-
-
-@nox.session
-@nox.parametrize("backend", list(BACKENDS))
-def tests(session, backend):
-    """The suite with the examples in short, the docstrings' code, and the README's."""
-    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    if backend == "jax":
-        # Which takes all branches but torch's own. Tracing doubles the time, on Python 3.11.
-        session.run("coverage", "erase")
-        run_tests(session, backend, *MANUAL, runner=TRACED)
-    elif backend == "torch":
-        run_tests(session, backend, *(f"--ignore={path}" for path in TORCH_ALONE), *MANUAL)
-        run_tests(session, backend, runner=TRACED, files=TORCH_ALONE)
-    else:
-        run_tests(session, backend, *MANUAL)
-
-
-@nox.session
-def coverage(session):
-    """Every branch of the package runs in the tests."""
-    install(session, "coverage")
-    session.run("coverage", "combine", "--quiet")
-    session.run("coverage", "report")
-
-
-@nox.session
-def oldest(session):
-    """On the oldest Keras that runs with today's JAX: what depends on its version."""
-    install(session, OLDEST_KERAS, *BACKENDS["jax"], *TEST_TOOLS, ".")
-    run_tests(session, "jax", "--modes=default", files=DEPEND_ON_KERAS)
 
 
 @nox.session(default=False)
@@ -138,7 +174,7 @@ def nightly(session, backend):
     session.run("pip", "uninstall", "--yes", "keras", silent=True)
     session.install("--pre", "--upgrade", "keras-nightly")
     session.install("--no-deps", ".")
-    run_tests(session, backend, *MANUAL)
+    run_tests(session, backend, *MANUAL, *PACKAGE)
 
 
 @nox.session(default=False)
@@ -164,15 +200,7 @@ def third_party(session, backend):
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, *THIRD_PARTY, ".")
     # KerasHub requires the whole of TensorFlow, but loads data with Grain where that is installed.
     session.install("--no-deps", "keras-hub==0.32.0")
-    run_tests(session, backend, files=["docs/third_party.md"])
-
-
-@nox.session(default=False)
-@nox.parametrize("backend", list(BACKENDS))
-def every_mode(session, backend):
-    """Every test in every mode, of which the default session runs a part."""
-    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    run_tests(session, backend, "--modes=every", *MANUAL)
+    run_tests(session, backend, "docs/third_party.md")
 
 
 @nox.session(default=False)

@@ -76,20 +76,19 @@ class CompoundLoss(WeightedLoss):
     Raises:
         ValueError: if `losses` and `weighting` have different names, or a loss is not one.
 
-    Example:
-
-    >>> import numpy as np
-    >>> from keras_dwa import CompoundLoss, DynamicWeightAverage
-    >>> dwa = DynamicWeightAverage(["depth", "normals"])
-    >>> compound = CompoundLoss({"depth": "mae", "normals": "mse"}, dwa)
-    >>> y_true = {"depth": np.zeros((2, 1)), "normals": np.zeros((2, 3))}
-    >>> y_pred = {"depth": np.ones((2, 1)), "normals": 2 * np.ones((2, 3))}
-    >>> float(compound(y_true, y_pred))
-    5.0
-    >>> float(compound.combine({"depth": 2.0, "normals": 1.0}))
-    3.0
-    >>> dwa.step()  # Closes the first epoch.
-    {'depth': 1.0, 'normals': 1.0}
+    Examples:
+        >>> import numpy as np
+        >>> from keras_dwa import CompoundLoss, DynamicWeightAverage
+        >>> dwa = DynamicWeightAverage(["depth", "normals"])
+        >>> compound = CompoundLoss({"depth": "mae", "normals": "mse"}, dwa)
+        >>> y_true = {"depth": np.zeros((2, 1)), "normals": np.zeros((2, 3))}
+        >>> y_pred = {"depth": np.ones((2, 1)), "normals": 2 * np.ones((2, 3))}
+        >>> float(compound(y_true, y_pred))
+        5.0
+        >>> float(compound.combine({"depth": 2.0, "normals": 1.0}))
+        3.0
+        >>> dwa.step()  # Closes the first epoch.
+        {'depth': 1.0, 'normals': 1.0}
     """
 
     def __init__(self, losses: Mapping[str, Any] | Sequence[str], weighting: LossWeighting) -> None:

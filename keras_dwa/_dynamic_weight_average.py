@@ -45,22 +45,21 @@ class DynamicWeightAverage(LossWeighting):
     Raises:
         ValueError: if a name, a base weight, the temperature or `update_freq` is not as described.
 
-    Example:
-
-    >>> import keras, numpy as np
-    >>> from keras_dwa import DynamicWeightAverage
-    >>> inputs = keras.Input((4,))
-    >>> outputs = {"depth": keras.layers.Dense(1)(inputs), "normals": keras.layers.Dense(3)(inputs)}
-    >>> model = keras.Model(inputs, outputs)
-    >>> dwa = DynamicWeightAverage(["depth", "normals"])
-    >>> losses = {"depth": "mae", "normals": "mse"}
-    >>> model.compile(optimizer="sgd", loss=losses, loss_weights=dwa.loss_weights)
-    >>> x, y = np.ones((8, 4)), {"depth": np.ones((8, 1)), "normals": np.ones((8, 3))}
-    >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[dwa])
-    >>> history.history["depth_weight"][:2]
-    [1.0, 1.0]
-    >>> round(sum(dwa.factors.values()), 5)
-    2.0
+    Examples:
+        >>> import keras, numpy as np
+        >>> from keras_dwa import DynamicWeightAverage
+        >>> inputs = keras.Input((4,))
+        >>> depth, normals = keras.layers.Dense(1)(inputs), keras.layers.Dense(3)(inputs)
+        >>> model = keras.Model(inputs, {"depth": depth, "normals": normals})
+        >>> dwa = DynamicWeightAverage(["depth", "normals"])
+        >>> losses = {"depth": "mae", "normals": "mse"}
+        >>> model.compile(optimizer="sgd", loss=losses, loss_weights=dwa.loss_weights)
+        >>> x, y = np.ones((8, 4)), {"depth": np.ones((8, 1)), "normals": np.ones((8, 3))}
+        >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[dwa])
+        >>> history.history["depth_weight"][:2]
+        [1.0, 1.0]
+        >>> round(sum(dwa.factors.values()), 5)
+        2.0
 
     Reference:
         Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019.

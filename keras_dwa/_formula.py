@@ -43,11 +43,10 @@ def dwa_weights(
             and no longer is (its rate does not exist), or if `temperature` is not a finite
             number > 0.
 
-    Example:
-
-    >>> from keras_dwa import dwa_weights
-    >>> dwa_weights([0.5, 0.9], [1.0, 1.0])  # The second loss fell less: it gets more weight.
-    array([0.90033201, 1.09966799])
+    Examples:
+        >>> from keras_dwa import dwa_weights
+        >>> dwa_weights([0.5, 0.9], [1.0, 1.0])  # The second loss fell less: it gets more weight.
+        array([0.90033201, 1.09966799])
 
     Reference:
         Liu, Johns & Davison, "End-to-End Multi-Task Learning with Attention", CVPR 2019,

@@ -43,16 +43,15 @@ class LossWeightScheduler(LossWeighting):
         ValueError: if a name, a base weight or `update_freq` is not as described, if `schedule`
             cannot be called, or if it returns anything else.
 
-    Example:
-
-    >>> from keras_dwa import LossWeightScheduler
-    >>> annealing = LossWeightScheduler(
-    ...     {"reconstruction": 1.0, "kl": 4.0}, lambda epoch, factors: {"kl": min(1.0, epoch / 10)}
-    ... )
-    >>> annealing.factors
-    {'reconstruction': 1.0, 'kl': 0.0}
-    >>> annealing.step()
-    {'reconstruction': 1.0, 'kl': 0.4000000059604645}
+    Examples:
+        >>> from keras_dwa import LossWeightScheduler
+        >>> def anneal(epoch, factors):
+        ...     return {"kl": min(1.0, epoch / 10)}
+        >>> annealing = LossWeightScheduler({"reconstruction": 1.0, "kl": 4.0}, anneal)
+        >>> annealing.factors
+        {'reconstruction': 1.0, 'kl': 0.0}
+        >>> annealing.step()
+        {'reconstruction': 1.0, 'kl': 0.4000000059604645}
     """
 
     def __init__(

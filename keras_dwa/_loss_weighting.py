@@ -85,27 +85,26 @@ class LossWeighting(AttachedRule):
         RuntimeError: from `fit`, if the callback is in another one at the same time, or was shown
             no model.
 
-    Example:
-
-    >>> import keras, numpy as np
-    >>> from keras_dwa import LossWeighting
-    >>> class HalveTheLarger(LossWeighting):
-    ...     def update(self, epoch, logs):
-    ...         larger = max(self.outputs, key=lambda name: logs[f"{name}_loss"])
-    ...         return {larger: 0.5 * self.factors[larger]}
-    >>> inputs = keras.Input((4,))
-    >>> outputs = {"depth": keras.layers.Dense(1)(inputs), "normals": keras.layers.Dense(3)(inputs)}
-    >>> model = keras.Model(inputs, outputs)
-    >>> weighting = HalveTheLarger(["depth", "normals"])
-    >>> model.compile(
-    ...     optimizer="sgd",
-    ...     loss={"depth": "mae", "normals": "mse"},
-    ...     loss_weights=weighting.loss_weights,
-    ... )
-    >>> y = {"depth": np.full((8, 1), 100.0), "normals": np.ones((8, 3))}
-    >>> history = model.fit(np.ones((8, 4)), y, epochs=3, verbose=0, callbacks=[weighting])
-    >>> history.history["depth_weight"]
-    [1.0, 0.5, 0.25]
+    Examples:
+        >>> import keras, numpy as np
+        >>> from keras_dwa import LossWeighting
+        >>> class HalveTheLarger(LossWeighting):
+        ...     def update(self, epoch, logs):
+        ...         larger = max(self.outputs, key=lambda name: logs[f"{name}_loss"])
+        ...         return {larger: 0.5 * self.factors[larger]}
+        >>> inputs = keras.Input((4,))
+        >>> depth, normals = keras.layers.Dense(1)(inputs), keras.layers.Dense(3)(inputs)
+        >>> model = keras.Model(inputs, {"depth": depth, "normals": normals})
+        >>> weighting = HalveTheLarger(["depth", "normals"])
+        >>> model.compile(
+        ...     optimizer="sgd",
+        ...     loss={"depth": "mae", "normals": "mse"},
+        ...     loss_weights=weighting.loss_weights,
+        ... )
+        >>> y = {"depth": np.full((8, 1), 100.0), "normals": np.ones((8, 3))}
+        >>> history = model.fit(np.ones((8, 4)), y, epochs=3, verbose=0, callbacks=[weighting])
+        >>> history.history["depth_weight"]
+        [1.0, 0.5, 0.25]
     """
 
     # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.

@@ -56,19 +56,18 @@ def plot_history(
         ValueError: if `history` has no epochs, lacks the weights or losses of outputs, or has more
             or fewer values of one than epochs.
 
-    Example:
-
-    >>> from keras_dwa import plot_history
-    >>> history = {
-    ...     "depth_loss": [8.0, 4.0, 3.0],
-    ...     "normals_loss": [0.5, 0.4, 0.4],
-    ...     "depth_weight": [1.0, 1.0, 0.93],
-    ...     "normals_weight": [1.0, 1.0, 1.07],
-    ... }
-    >>> figure = plot_history(history)  # Then, say, figure.savefig("history.png")
-    >>> loss, weight, *_ = figure.axes
-    >>> loss.get_ylabel(), loss.get_title(), weight.get_title()
-    ('depth', 'loss (first epoch = 1)', 'weight')
+    Examples:
+        >>> from keras_dwa import plot_history
+        >>> history = {
+        ...     "depth_loss": [8.0, 4.0, 3.0],
+        ...     "normals_loss": [0.5, 0.4, 0.4],
+        ...     "depth_weight": [1.0, 1.0, 0.93],
+        ...     "normals_weight": [1.0, 1.0, 1.07],
+        ... }
+        >>> figure = plot_history(history)  # Then, say, figure.savefig("history.png")
+        >>> loss, weight, *_ = figure.axes
+        >>> loss.get_ylabel(), loss.get_title(), weight.get_title()
+        ('depth', 'loss (first epoch = 1)', 'weight')
     """
     try:
         from keras_dwa._drawing import draw

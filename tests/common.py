@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import sys
 
 import keras
 import numpy as np
@@ -16,6 +15,12 @@ BACKEND = keras.backend.backend()
 # the coverage is measured.
 one_backend = pytest.mark.skipif(BACKEND != "jax", reason="says nothing about a backend")
 
+
+def deep_elsewhere(test):
+    """For code that is the same on each backend: runs on JAX, on the others in `nox -s deep`."""
+    return test if BACKEND == "jax" else pytest.mark.deep(test)
+
+
 SAMPLES = 40
 X = np.random.default_rng(0).normal(size=(SAMPLES, 4)).astype("float32")
 # The two targets differ in how fast they are learned, so that the weights move apart.
@@ -27,33 +32,14 @@ LOSSES = {"easy": "mse", "hard": "mae"}
 
 MODES = {
     "default": {},
-    "jit": {"jit_compile": True},
     "eager": {"run_eagerly": True},
+    "jit": {"jit_compile": True},
     "steps_per_execution": {"steps_per_execution": 4},
 }
-
-
-def mode_of(request):
-    """Arguments of `compile` for the way to run a step that a fixture asks for."""
-    if request.param == "steps_per_execution" and BACKEND == "torch":
-        pytest.skip("Keras takes no steps_per_execution on torch")
-    if request.param == "jit" and BACKEND == "jax":
-        pytest.skip("on JAX, Keras resolves the default to jit_compile=True")
-    modes = request.config.getoption("--modes")
-    if modes == "some":
-        marked = request.node.get_closest_marker("every_mode")
-        modes = "every" if marked else "default eager"
-    if modes != "every" and request.param not in modes:
-        pytest.skip("for time: `nox -s every_mode` runs every test in every mode")
-    return MODES[request.param]
-
-
-def forget_compiled_torch():
-    """Starts torch.compile afresh: it runs a function eagerly once it compiled it 8 times."""
-    if BACKEND == "torch" and "torch._dynamo" in sys.modules:
-        import torch
-
-        torch._dynamo.reset()
+# Ways of `compile` in which no step could differ, or that Keras refuses.
+for same in {"jax": ["jit"], "torch": ["eager", "steps_per_execution"]}.get(BACKEND, []):
+    del MODES[same]
+COMPILED_AND_EAGER = [mode for mode in MODES if mode in ("default", "eager")]
 
 
 @contextlib.contextmanager
@@ -153,17 +139,19 @@ def expected_weights(history, dwa, temperature):
     return np.array(weights[: len(losses)])
 
 
-def check_run(history, dwa, regularization=0.0):
-    """The logged loss is the weighted sum of the logged parts; the weights follow the formula."""
-    names = list(dwa.outputs)
+def check_run(history, dwa):
+    """Logged losses are the weighted sums of logged parts; the weights follow the formula."""
+    names, base_weights = list(dwa.outputs), list(dwa.base_weights.values())
     weights = np.array([history[f"{name}_weight"] for name in names]).T
     for prefix in ("", "val_"):
         if f"{prefix}loss" in history:
             parts = np.array([history[f"{prefix}{name}_loss"] for name in names]).T
             # With `validation_freq`, the last epoch of each period is the validated one.
             had = weights[len(weights) // len(parts) - 1 :: len(weights) // len(parts)]
-            totals = (had * parts).sum(axis=1) + regularization
-            np.testing.assert_allclose(history[f"{prefix}loss"], totals, rtol=1e-5)
+            np.testing.assert_allclose(history[f"{prefix}loss"], (had * parts).sum(1), rtol=1e-5)
+            np.testing.assert_allclose(
+                history[f"{prefix}base_loss"], parts @ base_weights, rtol=1e-5
+            )
     expected = expected_weights(history, dwa, dwa.temperature)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
     if len(weights) > 2:

@@ -1,13 +1,15 @@
 import gc
 import os
 
-# Devices on one CPU, for the tests of distribution. JAX reads this when it is imported.
+# JAX reads these when it is imported: devices on one CPU, for the tests of distribution, and on a
+# GPU products as exact as NumPy's.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 
 import hypothesis
 import keras
 import pytest
-from common import BACKEND, MODES, forget_compiled_torch, mode_of
+from common import BACKEND, COMPILED_AND_EAGER, MODES
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -16,8 +18,17 @@ if BACKEND == "tensorflow":
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
     # The suite traces far longer than it runs what is traced.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+    tf.config.experimental.enable_tensor_float_32_execution(False)
 
-# Keras collects garbage after every test; what is imported need not be looked through each time.
+if BACKEND == "torch":
+    import torch
+
+    # Traces and differentiates whole steps, but calls no C++ compiler, which takes minutes. torch
+    # 2.11 has no such setting.
+    if hasattr(torch.compiler, "set_default_backend"):
+        torch.compiler.set_default_backend("aot_eager")
+
+# What is imported need not be looked through at each collection of garbage.
 gc.freeze()
 
 # The same examples in every run; `nox -s properties` searches many others, `mutants` has few.
@@ -27,33 +38,26 @@ hypothesis.settings.register_profile("many", max_examples=100_000, deadline=None
 hypothesis.settings.load_profile("default")
 
 
-@pytest.fixture(params=MODES)
+@pytest.fixture(
+    params=[
+        pytest.param(mode, marks=() if mode in COMPILED_AND_EAGER else pytest.mark.deep)
+        for mode in MODES
+    ]
+)
 def mode(request):
-    """Arguments of `compile` for each way to run a step."""
-    return mode_of(request)
+    """Arguments of `compile`: compiled and eagerly; `nox -s deep` has the other ways, too."""
+    return MODES[request.param]
+
+
+@pytest.fixture(params=MODES)
+def every_mode(request):
+    """Arguments of `compile` for each way to run a step, where that is the claim."""
+    return MODES[request.param]
 
 
 @pytest.fixture(autouse=True)
 def fresh_keras():
     keras.utils.set_random_seed(0)
-    forget_compiled_torch()
     yield
-    keras.utils.clear_session()
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--modes",
-        choices=["default", "some", "every"],
-        default="some",
-        help="run a test in the default mode of `compile`; eagerly, and where it is marked in "
-        "every mode, too; or each in every mode",
-    )
-
-
-def pytest_configure(config):
-    if BACKEND == "torch" and config.getoption("--modes") != "every":
-        import torch
-
-        # Traces and differentiates whole steps, but calls no C++ compiler, which takes minutes.
-        torch.compiler.set_default_backend("aot_eager")
+    # To collect garbage after every test takes a sixth of the suite's time on TensorFlow.
+    keras.utils.clear_session(free_memory=False)

@@ -6,6 +6,7 @@ import pickle
 import socket
 
 import keras
+import numpy as np
 from common import BACKEND
 from processes import FORK
 
@@ -37,6 +38,12 @@ def run(function, ranks, folder, *args):
     """What `function(rank, ranks, *args)` returned in each of so many processes."""
     assert exit_codes(start(function, ranks, folder, *args)) == [0] * ranks
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
+
+
+def check_same(found, expected, rtol=1e-5):
+    """What `expected` has by name is in `found`, too."""
+    for key, values in expected.items():
+        np.testing.assert_allclose(found[key], values, rtol, atol=rtol / 100, err_msg=key)
 
 
 def _run(rank, addresses, folder, function, args):

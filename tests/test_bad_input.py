@@ -17,14 +17,13 @@ def dwa():
     return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
 
 
+# What `test_formula.py` has refused by the equation.
 @one_backend
-@pytest.mark.parametrize("temperature", [0, float("nan"), "2"])
-def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa, temperature):
-    found = re.escape(f"Found `temperature = {temperature!r}`")
-    with pytest.raises(ValueError, match=found):
-        DynamicWeightAverage(["a"], temperature)
-    with pytest.raises(ValueError, match=found):
-        dwa.temperature = temperature
+def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
+    with pytest.raises(ValueError, match="Found `temperature = 0`"):
+        DynamicWeightAverage(["a"], 0)
+    with pytest.raises(ValueError, match="Found `temperature = '2'`"):
+        dwa.temperature = "2"
     assert dwa.temperature == 0.2
 
 
@@ -33,27 +32,20 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa, tempera
     ("outputs", "message"),
     [
         ([], "must name at least one output. Found `outputs = []`"),
-        ({}, "must name at least one output. Found `outputs = {}`"),
         ("depth", "must be a sequence of output names, or a dict of name to base weight. Found"),
         ({"a", "b"}, "must be a sequence"),
-        (3, "Found `outputs = 3`"),
         (["a", "b", "a"], "names 'a' more than once"),
         (["a", 1], "must hold names. Found 1 in"),
-        ([b"a"], "must hold names. Found b'a' in"),
-        ({"a": 1.0, None: 1.0}, "must hold names. Found None in"),
-        ({"a": 0.0}, "Found 0.0 for 'a'"),
-        ({"a": 1.0, "b": -2}, "Found -2 for 'b'"),
+        ({"a": 1.0, "b": 0.0}, "Found 0.0 for 'b'"),
         ({"a": float("nan")}, "Found nan for 'a'"),
         ({"a": "1"}, "Found '1' for 'a'"),
-        # Twice this weight is infinite in float32, and this one is 0.
+        # Twice this weight is infinite in float32.
         ({"a": 2e38, "b": 1.0}, "stay so in float32. Found 2e+38 for 'a'"),
-        ({"a": 1e-60}, "stay so in float32. Found 1e-60 for 'a'"),
-        # Zero and the smallest normal number: what lies between is 0 on some devices.
+        # Below the smallest normal number: it is 0 on some devices.
         ({"a": 1e-40}, "stay so in float32. Found 1e-40 for 'a'"),
         # Names whose logs would have one key twice.
         (["x", "base"], "would have ['base_loss', 'val_base_loss'] twice"),
         (["val", "x"], "would have ['val_loss'] twice"),
-        (["x", "val_base"], "would have ['val_base_loss'] twice"),
         (["x", "val_x"], "would have ['val_x_loss'] twice"),
     ],
 )
@@ -63,19 +55,19 @@ def test_outputs_must_be_different_names_with_finite_positive_base_weights(outpu
 
 
 @one_backend
-def test_base_weights_cannot_be_assigned_later(dwa):
-    with pytest.raises(TypeError, match="does not support item assignment"):
-        dwa.base_weights["easy"] = 5.0
+def test_base_weights_and_state_cannot_be_assigned(dwa):
+    for shown in (dwa.base_weights, dwa.state):
+        with pytest.raises(TypeError, match="does not support item assignment"):
+            shown["easy"] = 5.0
 
 
 def test_base_weights_have_the_range_of_floatx():
+    smallest, largest = float(np.finfo("float32").tiny), float(np.finfo("float32").max)
     for dtype, outputs, refused in [
-        ("float32", {"a": float(np.finfo("float32").tiny), "b": 2.0**126}, None),
-        ("float32", {"a": float(np.finfo("float32").max) / 2, "b": 1.0}, None),
+        ("float32", {"a": smallest, "b": largest / 2}, None),
         ("float64", {"a": 1e300, "b": 1e-300}, None),
         ("float16", {"a": 30000.0, "b": 1.0}, None),
         ("float16", {"a": 40000.0, "b": 1.0}, "40000.0"),
-        ("float16", {"a": 1e-6}, "1e-06"),
         ("bfloat16", {"a": 1e38, "b": 1.0}, None),
         ("bfloat16", {"a": 2e38, "b": 1.0}, "2e+38"),
     ]:
@@ -92,54 +84,32 @@ def test_base_weights_have_the_range_of_floatx():
     ("losses", "message"),
     [
         ({"easy": 1.0}, "one loss per output of ['easy', 'hard']. Found ['easy']"),
-        ({}, "Found []"),
         ({"easy": 1.0, "hard": 1.0, "more": 1.0}, "Found ['easy', 'hard', 'more']"),
         ({"easy": 1.0, "hard": [1.0, 2.0]}, "scalar tensor. Found [1.0, 2.0] for 'hard'"),
         ({"easy": np.ones((1,)), "hard": 1.0}, "scalar tensor. Found array([1.]) for 'easy'"),
-        ({"easy": "1.5", "hard": 1.0}, "Found '1.5' for 'easy'"),
         ({"easy": 1j, "hard": 1.0}, "Found 1j for 'easy'"),
     ],
 )
 def test_step_takes_one_scalar_per_output(dwa, losses, message):
-    before = dwa.step()
     with pytest.raises(ValueError, match=re.escape(message)):
         dwa.step(losses)
-    assert dwa.step() == before
+    assert dwa.step() == dwa.base_weights
 
 
 # The weights of any such history are in `test_properties.py`.
 @one_backend
 @pytest.mark.parametrize(
-    ("epochs", "message"),
+    ("before", "odd", "message"),
     [
-        (
-            [(2.0, 4.0), (1.0, 3.0), (0.5, float("nan")), (0.5, 1.5)],
-            "holds the loss weights after 3 epochs: the loss of 'hard' (nan) is not finite",
-        ),
-        (
-            [(float("nan"), -float("inf")), (1.0, 2.0)],
-            "the loss of 'easy' (nan), 'hard' (-inf) is not finite",
-        ),
-        (
-            [(2.0, 4.0), (0.0, 4.0), (0.5, 2.0), (0.25, 1.0)],
-            "holds the loss weights after 3 epochs: the loss of 'easy' (0.5) rose from 0",
-        ),
-        (
-            [(1.0, 1.0), (-1.0, 1.0), (-2.0, 2.0)],
-            "the loss of 'easy' (-1.0) changed its sign after 2 epochs",
-        ),
+        ((1.0, 3.0), (np.nan, -np.inf), "'easy' (nan), 'hard' (-inf) is not finite; the epoch is"),
+        ((0.0, 4.0), (0.5, 2.0), "holds the loss weights after 2 epochs: the loss of 'easy' (0.5)"),
+        ((1.0, 1.0), (-1.0, 1.0), "the loss of 'easy' (-1.0) changed its sign after 2 epochs"),
     ],
 )
-def test_odd_average_is_warned_of_by_name_value_and_epoch(dwa, epochs, message):
-    *before, odd, after = (dict(zip(dwa.outputs, losses, strict=True)) for losses in epochs)
-    for losses in before:
-        dwa.step(losses)
-    held = dwa.step()
+def test_odd_average_is_warned_of_by_name_value_and_epoch(dwa, before, odd, message):
+    dwa.step(dict(zip(dwa.outputs, before, strict=True)))
     with pytest.warns(UserWarning, match=re.escape(message)):
-        weights = dwa.step(odd)
-    assert (weights == held) == ("sign" not in message)
-    # Equal rates, from the last epoch that counts.
-    np.testing.assert_allclose(dwa.step(after)["easy"], 1.0, rtol=1e-6)
+        dwa.step(dict(zip(dwa.outputs, odd, strict=True)))
 
 
 @one_backend

@@ -5,16 +5,17 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
-from common import BACKEND
+from common import BACKEND, one_backend
+
+pytestmark = pytest.mark.deep
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(
     path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("harness", "models", "run")
 )
-
-
 # Their code is the same on every backend.
 ALIKE = {"epoch_end", "import_time", "memory", "recompiling", "windows"}
 
@@ -37,7 +38,7 @@ def test_script_prints_a_table_of_this_backend(script, capsys, monkeypatch):
         assert all(row.endswith("| yes |") for row in rows if "| keras_dwa" in row)
 
 
-@pytest.mark.skipif(BACKEND != "jax", reason="its code is the same on every backend")
+@one_backend
 def test_study_trains_again_only_what_a_kill_cut_short(tmp_path, capsys, monkeypatch):
     def study():
         runpy.run_path(str(BENCHMARKS / "study" / "run.py"), run_name="__main__")
@@ -54,32 +55,23 @@ def test_study_trains_again_only_what_a_kill_cut_short(tmp_path, capsys, monkeyp
     assert (tmp_path / "evidence.md").read_text() == page
 
     # By how much a method is better than each task alone, on test, where it is best on validation.
-    runs = {}
-    for row in csv.DictReader(whole.splitlines()):
-        runs.setdefault((row["method"], row["seed"]), []).append(row)
-    signs = {"digit": 1, "angle": -1, "upright": -1}
+    signs, rows = {"digit": 1, "angle": -1, "upright": -1}, list(csv.DictReader(results.open()))
 
-    def alone(task, seed, part):
-        best = max(
-            runs[f"{task} alone", seed], key=lambda row: signs[task] * float(row[f"{task}: val"])
-        )
-        return float(best[f"{task}: {part}"])
+    def best(method, score):
+        """The best epoch of each of the two seeds."""
+        runs = [[r for r in rows if (r["method"], r["seed"]) == (method, s)] for s in "01"]
+        return [max(run, key=score) for run in runs]
 
     def gain(row, part):
-        return (
-            100
-            / 3
-            * sum(
-                sign
-                * (2 * float(row[f"{task}: {part}"]) / sum(alone(task, s, part) for s in "01") - 1)
-                for task, sign in signs.items()
-            )
-        )
+        def relative(task):
+            key = f"{task}: {part}"
+            alone = best(f"{task} alone", lambda row: signs[task] * float(row[f"{task}: val"]))
+            return float(row[key]) / fmean(float(row[key]) for row in alone) - 1
 
-    def best_gain(method, seed):
-        return gain(max(runs[method, seed], key=lambda row: gain(row, "val")), "test")
+        return 100 * fmean(signs[task] * relative(task) for task in signs)
 
     tuned, equal = (
-        sum(best_gain(method, seed) for seed in "01") / 2 for method in ("static, tuned", "equal")
+        fmean(gain(row, "test") for row in best(method, lambda row: gain(row, "val")))
+        for method in ("static, tuned", "equal")
     )
     assert f"| static, tuned | {tuned - equal:+.1f} (" in page

@@ -9,17 +9,16 @@ import keras
 import numpy as np
 import pytest
 import ranks
-from common import BACKEND, LOSSES, X, Y, check_run, heads
+from common import BACKEND, LOSSES, X, Y, heads
+from ranks import check_same
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
 
-pytestmark = pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's")
+pytestmark = [
+    pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution is JAX's"),
+    pytest.mark.deep,
+]
 
-IS_OLD = keras.__version__.startswith("3.10.")
-several_processes = pytest.mark.skipif(
-    IS_OLD, reason="Keras 3.10 takes no arrays over several processes"
-)
-KINDS = ["data", "model"]
 # The last batch of an epoch has 4 samples, one for each device.
 SAMPLES = 36
 
@@ -53,30 +52,29 @@ class Combines(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         terms = {
             "easy": keras.ops.mean(keras.ops.square(y["easy"] - y_pred["easy"])),
-            "hard": keras.ops.mean(keras.ops.abs(y["hard"] - y_pred["hard"])),
+            # The offset has no gradient, so that a NaN spoils no more than the average.
+            "hard": keras.ops.mean(keras.ops.abs(y["hard"] - y_pred["hard"]) + y["offset"]),
         }
-        if "offset" in y:
-            # Of no gradient, so that a NaN spoils no more than the average.
-            terms["hard"] += keras.ops.mean(y["offset"])
         return self.compound.combine(terms, samples=keras.ops.shape(x)[0])
 
 
 def compiled_model(loss_weights, compound=None):
     """With `loss_weights`, or with a compound loss in their place."""
-    inputs, outputs = heads(name="trunk")
-    model = keras.Model(inputs, outputs) if compound is None else Combines(inputs, outputs)
-    how = {"loss": LOSSES, "loss_weights": loss_weights} if compound is None else {}
-    if compound is not None:
+    model = (Combines if compound else keras.Model)(*heads(name="trunk"))
+    if compound:
         model.compound = compound
-    model.compile(keras.optimizers.SGD(0.05), **how)
+        model.compile(keras.optimizers.SGD(0.05))
+    else:
+        model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=loss_weights)
     return model
 
 
-def fit(rank, ranks, kind, compound=False, update_freq="epoch", nan=False, folder=None, kill=()):
+def fit(rank, ranks, kind, compound=False, update_freq="epoch", folder=None, kill=()):
     """Trains on this process's share of every batch; returns what came of it.
 
-    `kind` is that of the distribution, None for none. If `nan`, one sample has a NaN, of the last
-    process. The run resumes from its backup in `folder`, and the first process is killed if `kill`.
+    `kind` is that of the distribution, None for none. With a compound loss, one sample of the last
+    process has a NaN. The run resumes from its backup in `folder`, and the first process is killed
+    if `kill`.
     """
     keras.utils.set_random_seed(0)
     keras.distribution.set_distribution(kind and distribution(kind))
@@ -89,8 +87,8 @@ def fit(rank, ranks, kind, compound=False, update_freq="epoch", nan=False, folde
         mine = [np.arange(SAMPLES)[at : at + 8] for at in range(0, SAMPLES, 8)]
         mine = np.concatenate([np.split(batch, ranks)[rank] for batch in mine])
         y = {name: target[mine] for name, target in Y.items()}
-        if nan:
-            y["offset"] = np.where(mine == 7, np.nan, 0.0)
+        if compound:
+            y["offset"] = np.where(mine == 7, np.nan, 0.0)[:, np.newaxis]
         callbacks = [dwa]
         if folder:
             callbacks += [keras.callbacks.BackupAndRestore(folder / f"backup{rank}")]
@@ -108,62 +106,43 @@ def fit(rank, ranks, kind, compound=False, update_freq="epoch", nan=False, folde
         keras.distribution.set_distribution(None)
 
 
-def check_same(found, expected, rtol=1e-5):
-    for key, values in expected.items():
-        np.testing.assert_allclose(found[key], values, rtol, atol=rtol / 100, err_msg=key)
+# The kind of distribution, whether there is a compound loss, and `update_freq`.
+CASES = [("model", False, "epoch"), ("data", False, 3), ("data", True, 3)]
 
 
-WAYS = {
-    "compile": {},
-    "compound": {"compound": True},
-    "windows": {"update_freq": 3},
-    "compound in windows": {"compound": True, "update_freq": 3},
-    "windows with a NaN": {"compound": True, "update_freq": 3, "nan": True},
-}
-
-
-# Of those above, the ones that differ most, since processes take long.
-IN_PROCESSES = [("data", "windows"), ("data", "windows with a NaN"), ("model", "compile")]
-
-
-def fit_in_each_way(rank, ranks):
-    return {(kind, way): fit(rank, ranks, kind, **WAYS[way]) for kind, way in IN_PROCESSES}
+def fit_all(rank, ranks):
+    return {case: fit(rank, ranks, *case) for case in CASES}
 
 
 @pytest.fixture(scope="module")
 def of_processes(tmp_path_factory):
-    return ranks.run(fit_in_each_way, 2, tmp_path_factory.mktemp("processes"))
+    return ranks.run(fit_all, 2, tmp_path_factory.mktemp("processes"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:DynamicWeightAverage holds")
-def test_four_devices_have_the_weights_of_one(kind, way):
-    expected = fit(0, 1, None, **WAYS[way])
-    check_same(fit(0, 1, kind, **WAYS[way]), expected)
-    assert len(expected["windows"]) == ("windows" in way) * 8
-    if way in ("compile", "compound"):
-        check_run(expected, DynamicWeightAverage(["easy", "hard"], temperature=0.2))
+def test_four_devices_have_the_weights_of_one(case):
+    expected = fit(0, 1, None, *case[1:])
+    check_same(fit(0, 1, *case), expected)
+    assert len(expected["windows"]) == (8 if 3 in case else 0)
+    assert not np.allclose(expected["factors"], 1)
 
 
-@several_processes
-@pytest.mark.parametrize(("kind", "way"), IN_PROCESSES)
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.filterwarnings("ignore:DynamicWeightAverage holds")
-def test_two_processes_have_the_weights_of_one(kind, way, of_processes):
-    expected = fit(0, 1, None, **WAYS[way])
-    first, second = (of_process[kind, way] for of_process in of_processes)
+def test_two_processes_have_the_weights_of_one(case, of_processes):
+    expected = fit(0, 1, None, *case[1:])
+    first, second = (of_process[case] for of_process in of_processes)
     check_same(first, expected)
     check_same(second, expected)
     for key in ("factors", "windows", "easy_weight"):
         np.testing.assert_array_equal(first[key], second[key])
-    assert not np.allclose(first["factors"], 1)
 
 
-@several_processes
 def test_killed_run_resumes_on_as_many_processes_and_on_one(tmp_path):
     whole = ranks.run(fit, 2, tmp_path / "whole", "data")
     folder = tmp_path / "killed"
-    arguments = ("data", False, "epoch", False, folder)
+    arguments = ("data", False, "epoch", folder)
     killed = ranks.start(fit, 2, folder, *arguments, (3, 2))
     # The other is ended by JAX, which loses the coordinator.
     assert ranks.exit_codes(killed) == [-signal.SIGKILL, -signal.SIGABRT]
@@ -178,8 +157,7 @@ def test_killed_run_resumes_on_as_many_processes_and_on_one(tmp_path):
 COLLECTIVES = r"= (.*?) (all-(?:reduce|gather|to-all)|reduce-scatter|collective-\w+)(?:-start)?\("
 
 
-@pytest.mark.skipif(IS_OLD, reason="Keras 3.10 compiles its step within `fit` alone")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["data", "model"])
 def test_step_communicates_nothing_more_than_with_static_weights(kind):
     import jax
 
@@ -192,6 +170,8 @@ def test_step_communicates_nothing_more_than_with_static_weights(kind):
         if how != "static":
             dwa.set_model(model)
         y = {name: target[:8] for name, target in Y.items()}
+        if how == "compound":
+            y["offset"] = np.zeros((8, 1), "float32")
         layout = keras.distribution.distribution().get_data_layout((8, 4)).backend_layout
         data = jax.device_put((X[:8], y), layout)
         model.evaluate(X[:8], y, verbose=0)  # Makes all variables.
@@ -207,19 +187,3 @@ def test_step_communicates_nothing_more_than_with_static_weights(kind):
         static = collectives("static")
         assert static
         assert collectives("compile") == collectives("compound") == static
-
-
-def test_stateless_call_on_sharded_batches():
-    import jax
-    from jax.sharding import NamedSharding, PartitionSpec
-
-    dwa = DynamicWeightAverage(["easy", "hard"])
-    compound = CompoundLoss(LOSSES, dwa)
-    y_pred = {name: target + 2 for name, target in Y.items()}
-    sharding = NamedSharding(jax.make_mesh((4,), ("batch",)), PartitionSpec("batch"))
-    y, y_pred = jax.device_put((Y, y_pred), sharding)
-    loss, variables = jax.jit(compound.stateless_call)(
-        [variable.value for variable in dwa.variables], y, y_pred
-    )
-    np.testing.assert_allclose(loss, 4 + 2, rtol=1e-6)
-    np.testing.assert_allclose(variables[-1], [[160, 80, 40], [4, 2, 1]], rtol=1e-6)

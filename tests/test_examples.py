@@ -6,9 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from common import BACKEND, one_backend
+from common import BACKEND, deep_elsewhere, one_backend
 from processes import succeeds
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -37,31 +36,37 @@ def numbers(line):
     return [float(number) for number in re.findall(r"\d+\.\d+(?:e[-+]\d+)?", line)]
 
 
+def check_table(lines):
+    """Of each of three epochs a loss that falls, and weights that sum to 3 and move."""
+    rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
+    assert len(rows) == 3
+    assert rows[2][0] < rows[0][0]
+    assert [sum(row[1::2]) for row in rows] == pytest.approx([3] * 3, abs=0.003)
+    assert rows[2][1::2] != rows[0][1::2] == [1.0, 1.0, 1.0]
+
+
+def check_metrics(lines, names):
+    """A line for each metric, with its value under both ways to weight the losses."""
+    cells = [line.split("|") for line in lines[-len(names) :]]
+    assert [task.split(":")[0] for task, *_ in cells] == names
+    assert [len(numbers(value)) for _, *values in cells for value in values] == [1, 1] * len(names)
+
+
 def test_digits(run):
     lines = run("digits.py", 3)
     assert f"on {BACKEND}: 3 epochs" in lines[0]
-    rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
-    assert len(rows) == 3
-    for row in rows:
-        assert sum(row[1::2]) == pytest.approx(3, abs=0.003)
-    assert rows[0][1::2] == [1.0, 1.0, 1.0] != rows[2][1::2]
-    assert rows[2][0] < rows[0][0]
-    metrics = [line.split("|") for line in lines[-3:]]
-    assert [cells[0].split(":")[0] for cells in metrics] == ["digit", "angle", "upright"]
-    assert all(len(numbers(cells[1])) == len(numbers(cells[2])) == 1 for cells in metrics)
+    check_table(lines)
+    check_metrics(lines, ["digit", "angle", "upright"])
 
 
 def test_custom_loop(run):
-    lines = run(f"custom_loop_{BACKEND}.py", 3)
-    rows = [numbers(line) for line in lines]
-    assert len(rows) == 3
-    assert rows[0][1:] == [1.0, 1.0, 1.0]
-    for row in rows:
-        assert sum(row[1:]) == pytest.approx(3, abs=0.003)
-    assert rows[2][1:] != rows[1][1:] != rows[0][1:]
+    rows = [numbers(line) for line in run(f"custom_loop_{BACKEND}.py", 3)]
+    assert [sum(row[1:]) for row in rows] == pytest.approx([3] * 3, abs=0.003)
+    assert rows[2][1:] != rows[1][1:] != rows[0][1:] == [1.0, 1.0, 1.0]
     assert rows[2][0] < rows[0][0]
 
 
+@deep_elsewhere
 def test_vae(run):
     rows = [numbers(line) for line in run("vae.py", 4)]
     dwa, annealed = (rows[start : start + 4] for start in (3, 10))
@@ -83,30 +88,23 @@ def test_own_rules(run):
     assert [len(numbers(line)) for line in lines[-3:]] == [3, 3, 3]
 
 
+@deep_elsewhere
 def test_pinn_nears_the_exact_solution(run):
     (error,) = numbers(run("pinn.py", 100)[-1])
     assert error < 0.05
 
 
-def test_dense_prediction(run, tmp_path):
+@deep_elsewhere
+@pytest.mark.parametrize("more", [[], pytest.param(["--attention"], marks=pytest.mark.deep)])
+def test_dense_prediction(run, tmp_path, more):
     picture = tmp_path / "picture.png"
-    # The attention networks are on top of all else. On torch nothing is compiled, which takes long.
-    attention = ["--attention"] if BACKEND == "torch" else []
-    lines = run("dense_prediction.py", 3, "--scenes", "20", "--picture", str(picture), *attention)
-    rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
-    assert len(rows) == 3
-    for row in rows:
-        assert sum(row[1::2]) == pytest.approx(3, abs=0.003)
-        assert np.isfinite(row).all()
-    assert rows[2][0] < rows[0][0]
-    metrics = [line.split("|") for line in lines[-9:]]
-    assert [cells[0].split(":")[0] for cells in metrics] == (
-        ["semantic"] * 2 + ["depth"] * 2 + ["normals"] * 5
-    )
-    assert all(len(numbers(cells[1])) == len(numbers(cells[2])) == 1 for cells in metrics)
+    lines = run("dense_prediction.py", 3, "--scenes", "20", "--picture", str(picture), *more)
+    check_table(lines)
+    check_metrics(lines, ["semantic"] * 2 + ["depth"] * 2 + ["normals"] * 5)
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.deep
 def test_data_parallel():
     # A process of its own, for torch's are started anew from the script's file.
     script = EXAMPLES / "data_parallel.py"

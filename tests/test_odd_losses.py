@@ -19,7 +19,7 @@ def test_loss_that_overflows_float16_leaves_the_epoch_out():
         first = train(model, dwa, optimizer=optimizer, epochs=1)
         with pytest.warns(UserWarning, match=r"after 2 epochs: .* 'easy' \(inf\) is not finite"):
             odd = model.fit(X, huge, initial_epoch=1, epochs=2, **fit).history
-        history = joined(first, model.fit(X, Y, initial_epoch=2, epochs=6, **fit).history)
+        history = joined(first, model.fit(X, Y, initial_epoch=2, epochs=5, **fit).history)
     # Not NaN, as the difference to a weight of 1, times infinity.
     assert odd["easy_loss"] == odd["base_loss"] == [np.inf]
     # As if the epoch had not been.
@@ -37,11 +37,10 @@ class EmptyThirdEpoch(keras.utils.PyDataset):
         self.epoch += 1
 
     def __len__(self):
-        return 0 if self.epoch == 2 else 5
+        return 0 if self.epoch == 2 else 1
 
     def __getitem__(self, index):
-        batch = slice(index * 8, index * 8 + 8)
-        return X[batch], {name: target[batch] for name, target in Y.items()}
+        return X, Y
 
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
@@ -52,9 +51,8 @@ def test_epoch_without_batches_holds_the_weights():
         on_epoch_begin=lambda epoch, log: weights.append(dwa.step()["easy"]),
         on_epoch_end=lambda epoch, log: logs.append({key: [log[key]] for key in log}),
     )
-    fit = {"epochs": 6, "shuffle": False, "others": [keep]}
     with pytest.warns(UserWarning, match=r"holds the loss weights: epoch 3 had no batch\. "):
-        train(dict_model(), dwa, EmptyThirdEpoch(), None, **fit)
+        train(dict_model(), dwa, EmptyThirdEpoch(), None, epochs=5, shuffle=False, others=[keep])
     assert weights[3] == weights[2] != 3.0
     # What Keras logs of such an epoch differs by backend.
     assert "easy_weight" not in logs.pop(2)
