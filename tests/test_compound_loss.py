@@ -193,8 +193,8 @@ def fit(model, *callbacks, **arguments):
     return model.fit(X, Y, callbacks=list(callbacks), **arguments).history
 
 
-def test_compute_loss_under_fit(dwa, every_mode):
-    history = fit(compiled(ComputeLoss(dwa), **every_mode), dwa, validation_split=0.2)
+def test_compute_loss_under_fit(dwa, mode):
+    history = fit(compiled(ComputeLoss(dwa), **mode), dwa, validation_split=0.2)
     check_run(history, dwa)
     assert "val_base_loss" in history
 

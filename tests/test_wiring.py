@@ -201,6 +201,8 @@ MISWIRINGS = {
             callbacks=lambda dwa: [dwa, new()]),
         row("same_callback_twice", "more than once", "callbacks=[weighting])",
             callbacks=lambda dwa: [dwa, dwa]),
+        row("compiled_again_by_another_callback", "{'easy': 10.0,", CALL,
+            callbacks=lambda dwa: [dwa, Recompile()]),
         row("no_model", "was given no model", "([weighting], model=model, ...)", run=no_model),
         row("one_loss_for_all", "one loss, 'mse', for all", CALL, names=["easy"], loss="mse"),
         row("list_of_losses", "`loss` as a list", REORDERED, arrange=as_list, loss=["mae", "mse"]),
@@ -241,8 +243,6 @@ MISWIRINGS = {
         row("distribution_set_later", "DataParallel", "set_distri", run=distribution_set_later),
     ],
     A_FEW_BATCHES: [
-        row("compiled_again_by_another_callback", "{'easy': 10.0,", CALL,
-            callbacks=lambda dwa: [dwa, Recompile()]),
         row("metric_like_a_loss", "['easy_loss']", "name='my_easy_loss'", trackers=["easy_loss"]),
         row("metrics_like_base_losses", "['base_loss', 'val_base_loss'] already", "another name",
             trackers=["base_loss", "val_base_loss"]),
