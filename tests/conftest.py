@@ -49,12 +49,6 @@ def mode(request):
     return MODES[request.param]
 
 
-@pytest.fixture(params=MODES)
-def every_mode(request):
-    """Arguments of `compile` for each way to run a step, where that is the claim."""
-    return MODES[request.param]
-
-
 @pytest.fixture(autouse=True)
 def fresh_keras():
     keras.utils.set_random_seed(0)

@@ -41,9 +41,9 @@ def under_static_weights():
 
 @pytest.mark.parametrize("loss", [LOSSES, None], ids=["compile", "compute_loss"])
 def test_factors_assigned_in_other_callbacks_reach_the_next_step(
-    weighting, loss, every_mode, under_static_weights
+    weighting, loss, mode, under_static_weights
 ):
-    if "steps_per_execution" in every_mode:
+    if "steps_per_execution" in mode:
         pytest.skip("a batch alone cannot be assigned for there")
     initial, expected = under_static_weights
     model = dict_model() if loss else ComputeLoss(weighting)
@@ -58,7 +58,7 @@ def test_factors_assigned_in_other_callbacks_reach_the_next_step(
         on_epoch_begin=lambda epoch, logs: epoch == 2 and weighting.assign({"hard": 2.0}),
     )
     fit = {"others": [assign], "validation_data": (X, Y), "shuffle": False}
-    history = train(model, weighting, loss=loss, mode=every_mode, **fit)
+    history = train(model, weighting, loss=loss, mode=mode, **fit)
 
     for ours, static in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_allclose(ours, static, rtol=1e-5, atol=1e-7)

@@ -8,6 +8,7 @@ import pytest
 from common import (
     BACKEND,
     LOSSES,
+    MODES,
     SAMPLES,
     X,
     Y,
@@ -28,7 +29,8 @@ def test_logged_loss_is_the_weighted_sum_and_weights_follow_the_formula_of_train
     assert abs(history["easy_weight"][2] / 3.0 - 1) > 0.05
 
 
-def test_parameters_move_by_the_weighted_gradient(every_mode):
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_parameters_move_by_the_weighted_gradient(mode):
     inputs = keras.Input((4,))
     features = keras.layers.Dense(3, use_bias=False, name="trunk")(inputs)
     outputs = {
@@ -46,7 +48,7 @@ def test_parameters_move_by_the_weighted_gradient(every_mode):
     dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.05)
     how = {"loss": {"easy": "mse", "hard": "mse"}, "optimizer": keras.optimizers.SGD(0.1)}
     fit = {"batch_size": SAMPLES, "epochs": 5, "others": [Kernels()]}
-    history = train(model, dwa, mode=every_mode, **how, **fit)
+    history = train(model, dwa, mode=mode, **how, **fit)
 
     for epoch, (old, new) in enumerate(itertools.pairwise(kernels)):
         trunk, *head_kernels = old
