@@ -126,7 +126,7 @@ def deep(session):
 @nox.session(default=False)
 @nox.parametrize("backend", list(BACKENDS))
 def rest(session, backend):
-    """Tests in every mode, in many processes, of benchmarks; on JAX every test, for its branches."""
+    """The tests that `nox` leaves out; on JAX all, since they cover every branch."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "coverage", ".")
     if backend == "jax":
         # Which takes all branches but torch's own. Tracing doubles the time, on Python 3.11.

@@ -7,7 +7,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, ComputeLoss, X, Y, check_run, dict_model, floatx, one_backend
+from common import LOSSES, ComputeLoss, X, Y, check_run, dict_model, floatx, one_backend
 from loops import train_loop, value_and_gradient
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, dwa_weights
@@ -193,12 +193,6 @@ def fit(model, *callbacks, **arguments):
     return model.fit(X, Y, callbacks=list(callbacks), **arguments).history
 
 
-def test_compute_loss_under_fit(dwa, mode):
-    history = fit(compiled(ComputeLoss(dwa), **mode), dwa, validation_split=0.2)
-    check_run(history, dwa)
-    assert "val_base_loss" in history
-
-
 def test_model_built_evaluated_and_fitted_without_the_callback_first(dwa):
     model = ComputeLoss(dwa)
     model(X)
@@ -255,25 +249,6 @@ def test_losses_declared_once_serve_compile_and_calls_before(dwa, compound, is_a
     assert logs["loss"] == pytest.approx(weighted, rel=1e-5)
     compound(Y, Y)
     check_run(fit(model, dwa, validation_split=0.2), dwa)
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="TorchJD runs on torch")
-def test_combine_and_step_are_as_torchjd():
-    import torch
-    from torchjd.scalarization import DWA
-
-    random, names = np.random.default_rng(0), list("abc")
-    dwa = DynamicWeightAverage(names, temperature=0.5)
-    compound, reference = CompoundLoss(names, dwa), DWA(temperature=0.5)
-    for batches in (2, 3, 0, 1, 2):
-        for _ in range(batches):
-            values = torch.tensor([1, -1, 1] * random.uniform(0.5, 2, 3), requires_grad=True)
-            terms = dict(zip(names, values.unbind(), strict=True))
-            (ours,) = torch.autograd.grad(compound.combine(terms), values)
-            (expected,) = torch.autograd.grad(reference(values), values)
-            np.testing.assert_allclose(ours, expected, rtol=1e-5)
-        dwa.step()
-        reference.step()
 
 
 # Bad input; `test_wiring.py` has that of `compile` and `fit`.

@@ -25,7 +25,7 @@ def test_loss_that_overflows_float16_leaves_the_epoch_out():
     # As if the epoch had not been.
     assert np.isfinite(history["loss"]).all()
     weights = np.array([history["easy_weight"], history["hard_weight"]]).T
-    np.testing.assert_allclose(weights, expected_weights(history, dwa, 0.5), rtol=5e-3)
+    np.testing.assert_allclose(weights, expected_weights(history, dwa), rtol=5e-3)
     assert abs(weights[2, 0] - 1) > 0.01
 
 

@@ -127,13 +127,6 @@ def test_pickled_scheduler_goes_on():
 
 
 @one_backend
-def test_schedule_may_begin_at_any_epoch():
-    scheduler = LossWeightScheduler(NAMES, ramp)
-    history = train(dict_model(), scheduler, initial_epoch=4, epochs=6)
-    assert history["hard_weight"] == [1.0, 1.25]
-
-
-@one_backend
 def test_schedule_that_failed_once_goes_on():
     scheduler = LossWeightScheduler(NAMES, ramp)
 

@@ -157,7 +157,6 @@ def test_step_moves_the_weights_by_the_averages_given_of_any_kind(dwa):
         np.testing.assert_allclose([weights["easy"], weights["hard"]], expected, rtol=1e-6)
 
 
-@one_backend
 def test_steps_keep_nothing_behind(dwa):
     package = tracemalloc.Filter(True, f"{keras_dwa.__path__[0]}/*")
     sizes = []

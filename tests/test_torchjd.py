@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from common import BACKEND, SAMPLES, X, Y, dict_model, train
 
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import CompoundLoss, DynamicWeightAverage
 
 if BACKEND != "torch":
     pytest.skip("TorchJD runs on torch", allow_module_level=True)
@@ -16,17 +16,21 @@ from torchjd.scalarization import DWA
 
 @pytest.mark.filterwarnings("ignore:DynamicWeightAverage found that the loss of .* changed its")
 @pytest.mark.parametrize("count", range(1, 9))
-def test_same_epoch_losses_of_any_sign_give_the_same_weights(count):
+def test_combine_and_step_are_as_torchjd_for_losses_of_any_sign(count):
     random, names = np.random.default_rng(count), [f"task_{k}" for k in range(count)]
     temperature = random.uniform(1, 5)
     dwa, reference = DynamicWeightAverage(names, temperature), DWA(temperature=temperature)
-    for _ in range(8):
-        averages = random.choice([-1, 1], size=count) * random.uniform(0.1, 3, size=count)
-        losses = torch.tensor(averages, requires_grad=True)
-        (expected,) = torch.autograd.grad(reference(losses), losses)
-        np.testing.assert_allclose(list(dwa.step().values()), expected, rtol=1e-6)
+    compound = CompoundLoss(names, dwa)
+    for batches in (2, 3, 0, 1, 2):
+        signs = random.choice([-1, 1], size=count)
+        for _ in range(batches):
+            losses = torch.tensor(signs * random.uniform(0.5, 2, count), requires_grad=True)
+            terms = dict(zip(names, losses.unbind(), strict=True))
+            (ours,) = torch.autograd.grad(compound.combine(terms), losses)
+            (expected,) = torch.autograd.grad(reference(losses), losses)
+            np.testing.assert_allclose(ours, expected, rtol=1e-5)
+        dwa.step()
         reference.step()
-        dwa.step(dict(zip(names, averages, strict=True)))
 
 
 def test_training_ends_at_the_parameters_of_a_loop_with_torchjd():

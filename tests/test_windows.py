@@ -84,7 +84,7 @@ def test_weights_follow_windows_that_go_over_the_ends_of_epochs(way, size, mode)
     losses = np.diff(sums, axis=1, prepend=0.0).reshape(-1, 2)
     averages = np.array([losses[k : k + size].mean(0) for k in range(0, len(losses), size)])
     by_name = {f"{name}_loss": averages[:, k] for k, name in enumerate(NAMES)}
-    weights = expected_weights(by_name, dwa, 0.2)
+    weights = expected_weights(by_name, dwa)
 
     closed = len(losses) // size
     assert {window.batches for window in dwa.windows} == {size}
