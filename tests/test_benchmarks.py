@@ -55,7 +55,7 @@ def test_study_trains_again_only_what_a_kill_cut_short(tmp_path, capsys, monkeyp
     assert (tmp_path / "evidence.md").read_text() == page
 
     # By how much a method is better than each task alone, on test, where it is best on validation.
-    signs, rows = {"digit": 1, "angle": -1, "upright": -1}, list(csv.DictReader(results.open()))
+    signs, rows = {"digit": 1, "angle": -1, "upright": -1}, list(csv.DictReader(whole.splitlines()))
 
     def best(method, score):
         """The best epoch of each of the two seeds."""

@@ -52,6 +52,7 @@ def check_metrics(lines, names):
     assert [len(numbers(value)) for _, *values in cells for value in values] == [1, 1] * len(names)
 
 
+@deep_elsewhere
 def test_digits(run):
     lines = run("digits.py", 3)
     assert f"on {BACKEND}: 3 epochs" in lines[0]
@@ -77,6 +78,7 @@ def test_vae(run):
     assert annealed[3][4] < annealed[1][4]
 
 
+@pytest.mark.deep
 @one_backend
 def test_own_rules(run):
     lines = run("own_rule.py", 3)
@@ -94,8 +96,10 @@ def test_pinn_nears_the_exact_solution(run):
     assert error < 0.05
 
 
-@deep_elsewhere
-@pytest.mark.parametrize("more", [[], pytest.param(["--attention"], marks=pytest.mark.deep)])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param([], marks=one_backend), pytest.param(["--attention"], marks=pytest.mark.deep)],
+)
 def test_dense_prediction(run, tmp_path, more):
     picture = tmp_path / "picture.png"
     lines = run("dense_prediction.py", 3, "--scenes", "20", "--picture", str(picture), *more)

@@ -225,6 +225,7 @@ def of_last_batch(model, terms):
     return terms
 
 
+@one_backend
 @pytest.mark.parametrize(
     ("base", "shown", "batch_size", "epochs"),
     [
