@@ -30,7 +30,7 @@ elif BACKEND == "torch":
             return compound(y, model(x, training=True))
 
         if compiled:
-            forward = torch.compile(forward, backend="inductor")
+            forward = torch.compile(forward)
 
         def train_step(x, y):
             model.zero_grad()

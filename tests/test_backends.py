@@ -111,6 +111,13 @@ class TestTorch:
         assert len(graphs) == 1
         self.check(compound, terms, loss, samples)
 
+    @pytest.mark.deep
+    def test_step_compiles_to_native_code(self, compound, terms):
+        step = torch.compile(compound.combine, fullgraph=True, backend="inductor")
+        for _ in range(2):
+            loss = step(terms)
+        self.check(compound, terms, loss, 1)
+
     def test_loss_times_an_entry_compiles_whole_and_follows_it(self):
         weighting = LossWeighting(NAMES)
         entry = weighting.loss_weights["b"]

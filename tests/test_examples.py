@@ -60,6 +60,7 @@ def test_digits(run):
     check_metrics(lines, ["digit", "angle", "upright"])
 
 
+@deep_elsewhere
 def test_custom_loop(run):
     rows = [numbers(line) for line in run(f"custom_loop_{BACKEND}.py", 3)]
     assert [sum(row[1:]) for row in rows] == pytest.approx([3] * 3, abs=0.003)
@@ -96,9 +97,10 @@ def test_pinn_nears_the_exact_solution(run):
     assert error < 0.05
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "more",
-    [pytest.param([], marks=one_backend), pytest.param(["--attention"], marks=pytest.mark.deep)],
+    [pytest.param([], marks=one_backend), ["--attention"]],
 )
 def test_dense_prediction(run, tmp_path, more):
     picture = tmp_path / "picture.png"
