@@ -37,8 +37,10 @@ DEPEND_ON_KERAS = [
 ]
 # What runs code of torch alone.
 TORCH_ALONE = ["tests/test_ranks.py", "tests/test_backends.py"]
-# What runs scripts, and covers nothing else.
-SCRIPTS = ["tests/test_examples.py", "tests/test_benchmarks.py"]
+# What runs in other processes for the most part, and covers nothing that others do not.
+IN_PROCESSES = [
+    f"tests/test_{name}.py" for name in ("examples", "benchmarks", "distribution", "killed")
+]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
 TEST_TOOLS += ["matplotlib", "cloudpickle"]
 TRACED = ("coverage", "run", "-m", "pytest")
@@ -134,9 +136,9 @@ def rest(session, backend):
     if backend == "jax":
         # Which takes all branches but torch's own. Tracing doubles the time, on Python 3.11.
         session.run("coverage", "erase")
-        without_scripts = [f"--ignore={path}" for path in SCRIPTS]
-        run_tests(session, backend, "-m", "", *without_scripts, *PACKAGE, runner=TRACED)
-        run_tests(session, backend, "-m", "deep", *SCRIPTS)
+        others = [f"--ignore={path}" for path in IN_PROCESSES]
+        run_tests(session, backend, "-m", "", *others, *PACKAGE, runner=TRACED)
+        run_tests(session, backend, "-m", "deep", *IN_PROCESSES)
     elif backend == "torch":
         run_tests(session, backend, "-m", "deep", *PACKAGE)
         run_tests(session, backend, "-m", "", *TORCH_ALONE, runner=TRACED)
