@@ -140,7 +140,8 @@ def rest(session, backend):
         run_tests(session, backend, "-m", "", *others, *PACKAGE, runner=TRACED)
         run_tests(session, backend, "-m", "deep", *IN_PROCESSES)
     elif backend == "torch":
-        run_tests(session, backend, "-m", "deep", *PACKAGE)
+        others = [f"--ignore={path}" for path in TORCH_ALONE]
+        run_tests(session, backend, "-m", "deep", *others, *PACKAGE)
         run_tests(session, backend, "-m", "", *TORCH_ALONE, runner=TRACED)
     else:
         run_tests(session, backend, "-m", "deep", *PACKAGE)

@@ -21,9 +21,9 @@ from common import (
 from keras_dwa import DynamicWeightAverage
 
 
-def test_logged_loss_is_the_weighted_sum_and_weights_follow_the_formula_of_training(mode):
+def test_logged_loss_is_the_weighted_sum_and_weights_follow_the_formula_of_training():
     dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2)
-    history = train(dict_model(), dwa, mode=mode, epochs=6, validation_split=0.2)
+    history = train(dict_model(), dwa, epochs=6, validation_split=0.2)
     check_run(history, dwa)
     assert history["easy_weight"][:2] == [3.0, 3.0]
     assert abs(history["easy_weight"][2] / 3.0 - 1) > 0.05

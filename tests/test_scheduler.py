@@ -28,7 +28,7 @@ def grow(epoch, factors):
 
 
 @pytest.mark.parametrize("loss", [LOSSES, None], ids=["compile", "compute_loss"])
-def test_each_epoch_has_its_factors_and_a_head_that_is_off_does_not_move(loss, mode):
+def test_each_epoch_has_its_factors_and_a_head_that_is_off_does_not_move(loss):
     factors = [0.0, 1.0, 0.5, 0.0]
     scheduler = LossWeightScheduler(BASE, lambda epoch, _: {"hard": factors[epoch]})
     model = dict_model() if loss else ComputeLoss(scheduler)
@@ -37,7 +37,7 @@ def test_each_epoch_has_its_factors_and_a_head_that_is_off_does_not_move(loss, m
     kernels = [head.get_weights()[0]]
     look = Lambda(on_epoch_end=lambda epoch, logs: kernels.append(head.get_weights()[0]))
     fit = {"epochs": 4, "others": [look], "validation_split": 0.2}
-    history = train(model, scheduler, loss=loss, mode=mode, **fit)
+    history = train(model, scheduler, loss=loss, **fit)
     moved = [(old != new).any() for old, new in itertools.pairwise(kernels)]
     assert moved == [False, True, True, False]
     assert history["hard_weight"] == [0.0, 4.0, 2.0, 0.0]
