@@ -23,10 +23,13 @@ BACKENDS = {
 }
 MANUAL = ["README.md", "docs"]
 PACKAGE = ["tests", "keras_dwa"]
-# What shows most: weights in the loss and in the gradient, logs, rules, bad input, state.
+# What shows most.
 QUICK = [
     f"tests/test_{name}.py"
-    for name in ("formula", "fit", "logs", "rules", "assign", "scheduler", "bad_input", "state")
+    for name in (
+        *("formula", "fit", "logs", "rules", "assign", "scheduler", "bad_input", "state"),
+        *("compound_loss", "windows", "wiring", "saving"),
+    )
 ]
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
