@@ -227,7 +227,7 @@ def properties(session, backend):
 @nox.session(default=False)
 @nox.parametrize("backend", ["torch", "jax"])
 def mutants(session, backend):
-    """Which changes of the code no test notices; `[tool.mutmut]` says where. Over an hour."""
+    """Which changes of the code no test notices; `[tool.mutmut]` says where. Several hours."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "mutmut", "mypy", ".")
     # One thread in each of the forked processes.
     session.env.update({"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"})
