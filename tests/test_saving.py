@@ -153,6 +153,7 @@ def begin(dwa, epoch, warning=None):
     dwa.on_train_begin()
     with pytest.warns(UserWarning, match=warning) if warning else contextlib.nullcontext():
         dwa.on_epoch_begin(epoch)
+    assert dwa._weights.state.epochs == epoch
 
 
 @one_backend
