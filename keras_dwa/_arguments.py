@@ -7,10 +7,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_dwa._epoch_weights import Vector
 from keras_dwa._formula import is_positive
+from keras_dwa._ledger import Vector
 from keras_dwa._logs import check_log_names
-from keras_dwa._loss_weights import LossWeights, as_float
+from keras_dwa._loss_weights import as_float
 
 
 def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
@@ -53,24 +53,24 @@ def check_update_freq(update_freq: Any) -> Any:
 
 
 def check_factors(
-    found: Any, present: Mapping[str, float], weights: LossWeights, source: str
+    found: Any, present: Mapping[str, float], base_weights: Mapping[str, float], source: str
 ) -> Vector:
     """The factors with those found in place of the present ones, or a ValueError.
 
     Args:
         found: a mapping of output name to factor.
         present: output name to factor.
-        weights: those of the weighting.
+        base_weights: output name to base weight.
         source: who gave `found`, for the message.
     """
     if not isinstance(found, Mapping):
         raise ValueError(f"{source} gave {found!r}. It must give a dict of name to factor.")
-    factors: dict[str, float | None] = {name: present[name] for name in weights.names}
+    factors: dict[str, float | None] = {name: present[name] for name in base_weights}
     if unknown := [name for name in found if name not in factors]:
         raise ValueError(f"{source} gave factors for {unknown}. The outputs are {list(factors)}.")
     factors.update({name: as_float(value) for name, value in found.items()})
     _, largest = _floatx_range()
-    for name, base_weight in zip(weights.names, weights.base_weights.tolist(), strict=True):
+    for name, base_weight in base_weights.items():
         factor = factors[name]
         if factor is None or not 0 <= factor * base_weight <= largest:
             raise ValueError(

@@ -5,24 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import keras
+import numpy as np
+from numpy.typing import NDArray
 
 
 class Backend:
     """By `keras.ops` alone, on any backend and in a compiled step."""
-
-    def read(self, vector: Any, entry: Any) -> Any:
-        """The weights as a tensor of shape `(K,)`.
-
-        Args:
-            vector: the variable that holds them.
-            entry: the `LossWeight` of any of them.
-
-        Raises:
-            RuntimeError: if they have no value, as on JAX outside the step while an epoch runs.
-        """
-        # The entry, too: where it has no value, it says why; where JAX freezes it, it notes that.
-        entry.value  # noqa: B018
-        return vector.value
 
     def combine(self, weights: Any, terms: Any, names: Sequence[str]) -> tuple[Any, Any]:
         """The terms as one tensor, and their weighted sum.
@@ -59,29 +47,42 @@ class Backend:
         weights = keras.ops.cast(keras.ops.stop_gradient(weights), losses.dtype)
         return losses, keras.ops.sum(weights * losses)
 
-    def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
-        """Adds a batch to a record.
+    def batch_sums(self, losses: Any, samples: Any, replicas: Any, dtype: str) -> Any:
+        """What a batch adds to each row of a record: the losses times the samples, and the samples.
 
         Args:
-            record: a variable of shape `(2, K + 1)`, float32 or wider. Its first row gets the
-                losses times the samples, and the samples; its second one the losses, and 1.
             losses: a tensor of shape `(K,)`, of any float dtype: this replica's part of the average
                 over the samples.
             samples: how many they are: a number, or a scalar tensor.
             replicas: how many take part.
+            dtype: that of the result, whose shape is `(K + 1,)`.
         """
-        dtype = record.dtype
         losses = replicas * keras.ops.cast(keras.ops.stop_gradient(losses), dtype)
         row = keras.ops.concatenate([losses, keras.ops.ones((1,), dtype)])
-        counts = keras.ops.stack([keras.ops.cast(samples, dtype), 1 / replicas])
-        record.assign_add(keras.ops.outer(counts, row))
+        return row * keras.ops.cast(samples, dtype)
+
+    def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
+        """Adds a batch to a record, a variable of shape `(2, K + 1)`."""
+        row = self.batch_sums(losses, samples, replicas, record.dtype)
+        record.assign_add(keras.ops.stack([row, row]))
+
+    def to_host(self, variables: Sequence[Any]) -> NDArray[np.float64]:
+        """The values of scalar variables, in one transfer: float64."""
+        tensors = [keras.ops.convert_to_tensor(variable) for variable in variables]
+        values: NDArray[Any] = keras.ops.convert_to_numpy(keras.ops.stack(tensors))
+        return values.astype(np.float64)
+
+
+class JaxBackend(Backend):
+    """JAX, where an operation outside a compiled step takes far longer than within."""
+
+    def to_host(self, variables: Sequence[Any]) -> NDArray[np.float64]:
+        values = sys.modules["jax"].device_get([variable.value for variable in variables])
+        return np.array(values, dtype=np.float64)
 
 
 class TorchBackend(Backend):
     """torch, where a step runs eagerly and `keras.ops` take a multiple of torch's functions."""
-
-    def read(self, vector: Any, entry: Any) -> Any:
-        return vector.value
 
     def combine(self, weights: Any, terms: Any, names: Sequence[str]) -> tuple[Any, Any]:
         torch = sys.modules["torch"]
@@ -94,20 +95,15 @@ class TorchBackend(Backend):
 
     def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
         torch = sys.modules["torch"]
-        is_number = isinstance(samples, int | float)
-        if torch.compiler.is_compiling() or not is_number or _is_stateless():
-            return super().add_batch(record, losses, samples, replicas)
+        if torch.compiler.is_compiling() or _is_stateless():
+            super().add_batch(record, losses, samples, replicas)
+            return
         sums = record.value
         row = torch.cat([losses.detach(), sums.new_ones(1)])
-        if row.dtype != sums.dtype:
-            row = row.to(sums.dtype)
-        if samples == 1:
-            sums.add_(row)
-        else:
-            # Not `addr_`, for a tensor of Python numbers makes a GPU's step wait.
-            sums[0].add_(row, alpha=samples)
-            sums[1].add_(row)
-        return None
+        # Without a tensor of Python numbers, which makes a GPU's step wait.
+        if not isinstance(samples, int) or samples != 1:
+            row = row.to(sums.dtype) * samples
+        sums.add_(row)
 
 
 def _stacked(terms: Any) -> Any:
@@ -131,4 +127,5 @@ def widest_float(*dtypes: Any) -> str:
     return "float64" if "float64" in names else keras.backend.result_type(*names)
 
 
-backend = TorchBackend() if keras.backend.backend() == "torch" else Backend()
+backends = {"jax": JaxBackend, "torch": TorchBackend}
+backend = backends.get(keras.backend.backend(), Backend)()

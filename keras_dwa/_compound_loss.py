@@ -1,7 +1,7 @@
 """How the weights combine losses outside `compile`: in custom loops, and other loss terms."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import keras
@@ -18,7 +18,7 @@ class WeightedLoss(keras.metrics.Metric, keras.losses.Loss):
         super().__init__(name="compound_loss")
         self._weighting = weighting
         self._weights = weighting._weights
-        self._weights.start_recording()
+        self._record = self._weights.start_recording()
 
     @property
     def weighting(self) -> LossWeighting:
@@ -128,22 +128,7 @@ class CompoundLoss(WeightedLoss):
             ValueError: if `y_true` or `y_pred` is not a dict that has every output, or
                 `sample_weight` has a name that no loss has.
         """
-        self._check_has_losses()
-        names = list(self._losses)
-        _check_outputs("y_true", y_true, names)
-        _check_outputs("y_pred", y_pred, names)
-        if not isinstance(sample_weight, Mapping):
-            sample_weight = dict.fromkeys(names, sample_weight)
-        elif not set(sample_weight) <= set(names):
-            raise ValueError(
-                f"`sample_weight` takes the names {names}. Found {list(sample_weight)}."
-            )
-        values = {
-            name: loss(y_true[name], y_pred[name], sample_weight.get(name))
-            for name, loss in self._losses.items()
-        }
-        samples = keras.ops.shape(y_pred[names[0]])[0]
-        return self._combine(values, samples)
+        return self._combine(*self._terms(y_true, y_pred, sample_weight))
 
     def combine(self, values: Any, samples: Any = 1) -> Any:
         """The weighted sum of loss terms; records the unweighted terms.
@@ -162,15 +147,6 @@ class CompoundLoss(WeightedLoss):
             ValueError: if `values` has other names than the callback or another shape, or a value
                 is not a scalar.
         """
-        # A table of another library may have both names and a shape.
-        if hasattr(values, "shape") and not hasattr(values, "keys"):
-            return self._combine(values, samples)
-        if not isinstance(values, Mapping) or values.keys() != self._weights.entries.keys():
-            found = list(values) if isinstance(values, Mapping) else values
-            raise ValueError(
-                f"`combine` takes one term for each of {list(self._weighting.outputs)}. Found "
-                f"{found}."
-            )
         return self._combine(values, samples)
 
     def stateless_call(
@@ -192,8 +168,7 @@ class CompoundLoss(WeightedLoss):
         Raises:
             ValueError: as in a call, or if `variables` are not as many as `weighting.variables`.
         """
-        references = self._weights.variables
-        return _stateless(variables, references, lambda: self(y_true, y_pred, sample_weight))
+        return self._stateless(variables, *self._terms(y_true, y_pred, sample_weight))
 
     def stateless_combine(
         self, variables: Sequence[Any], values: Any, samples: Any = 1
@@ -211,8 +186,7 @@ class CompoundLoss(WeightedLoss):
         Raises:
             ValueError: as in `combine`, or if `variables` are not as many as `weighting.variables`.
         """
-        references = self._weights.variables
-        return _stateless(variables, references, lambda: self.combine(values, samples))
+        return self._stateless(variables, values, samples)
 
     def __reduce__(self) -> Any:
         # Keras would pickle what it saves, for which it makes a weighting of its own.
@@ -227,13 +201,57 @@ class CompoundLoss(WeightedLoss):
     def from_config(cls, config: dict[str, Any]) -> Self:
         return cls(**keras.saving.deserialize_keras_object(config))
 
+    def _terms(self, y_true: Any, y_pred: Any, sample_weight: Any) -> tuple[dict[str, Any], Any]:
+        """The losses of a call by output name, and the number of samples."""
+        self._check_has_losses()
+        names = list(self._losses)
+        _check_outputs("y_true", y_true, names)
+        _check_outputs("y_pred", y_pred, names)
+        if not isinstance(sample_weight, Mapping):
+            sample_weight = dict.fromkeys(names, sample_weight)
+        elif not set(sample_weight) <= set(names):
+            raise ValueError(
+                f"`sample_weight` takes the names {names}. Found {list(sample_weight)}."
+            )
+        values = {
+            name: loss(y_true[name], y_pred[name], sample_weight.get(name))
+            for name, loss in self._losses.items()
+        }
+        return values, keras.ops.shape(y_pred[names[0]])[0]
+
     def _combine(self, values: Any, samples: Any) -> Any:
-        state = self._weights
-        weights = backend.read(state.vector, state.entries[state.names[0]])
-        terms = [values[name] for name in state.names] if isinstance(values, Mapping) else values
-        losses, loss = backend.combine(weights, terms, state.names)
-        state.add(losses, samples)
+        losses, loss = self._weigh(self._weights.vector.value, values)
+        self._record.add(losses, samples)
         return loss
+
+    def _stateless(
+        self, variables: Sequence[Any], values: Any, samples: Any
+    ) -> tuple[Any, list[Any]]:
+        references = self._weights.variables
+        if len(variables) != len(references):
+            raise ValueError(
+                f"`variables` must be the values of `weighting.variables`, {len(references)} of "
+                f"them. Found {len(variables)}."
+            )
+        vector, record = map(keras.ops.convert_to_tensor, variables)
+        losses, loss = self._weigh(vector, values)
+        return loss, [vector, self._record.added(record, losses, samples)]
+
+    def _weigh(self, weights: Any, values: Any) -> tuple[Any, Any]:
+        """The terms in one tensor of shape `(K,)`, and their weighted sum."""
+        names = self._weights.names
+        # A table of another library may have both names and a shape.
+        if hasattr(values, "shape") and not hasattr(values, "keys"):
+            terms = values
+        elif isinstance(values, Mapping) and values.keys() == self._weights.entries.keys():
+            terms = [values[name] for name in names]
+        else:
+            found = list(values) if isinstance(values, Mapping) else values
+            raise ValueError(f"`combine` takes one term for each of {list(names)}. Found {found}.")
+        combined: tuple[Any, Any] = backend.combine(weights, terms, names)
+        # Even in a trace, and always: `torch.compile` would compile again if this were read.
+        self._weights.marks.added = True
+        return combined
 
     def _check_has_losses(self) -> None:
         if not self._losses:
@@ -268,20 +286,9 @@ def _check_outputs(argument: str, outputs: Any, names: list[str]) -> None:
         raise ValueError(f"`{argument}` must have the outputs {names}. Found {list(outputs)}.")
 
 
-def _stateless(
-    variables: Sequence[Any], references: list[keras.Variable], compute_loss: Callable[[], Any]
-) -> tuple[Any, list[Any]]:
-    if len(variables) != len(references):
-        raise ValueError(
-            f"`variables` must be the values of `weighting.variables`, {len(references)} of them. "
-            f"Found {len(variables)}."
-        )
-    with keras.StatelessScope(zip(references, variables, strict=True)) as scope:
-        loss = compute_loss()
-    return loss, [scope.get_current_value(variable) for variable in references]
-
-
 # What `compile` wraps a loss function in, for its mean, mask, sample weights and ranks. Keras
+
+
 # exports only its subclasses.
 _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 

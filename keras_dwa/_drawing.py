@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
-from keras_dwa._epoch_weights import Vector
-from keras_dwa._plotting import Run
+from keras_dwa._history import TrainingRun
+from keras_dwa._ledger import Vector
 
 # Of Okabe and Ito's colours, which colour-blind readers tell apart, too.
 BLUE, VERMILION = "#0072B2", "#D55E00"
@@ -25,7 +25,7 @@ class InlineFigure(Figure):
         return picture.getvalue()
 
 
-def draw(run: Run) -> Figure:
+def draw(run: TrainingRun) -> Figure:
     """The figure that `plot_history` describes."""
     heights = [1.5] * run.has_totals + [min(1.5, max(0.5, 6 / len(run.names)))] * len(run.names)
     columns = 3 if run.windows else 2
@@ -45,7 +45,7 @@ def draw(run: Run) -> Figure:
     return figure
 
 
-def _draw_totals(panels: NDArray[Any], run: Run) -> None:
+def _draw_totals(panels: NDArray[Any], run: TrainingRun) -> None:
     """Draws the loss under the base weights in the first of a row of panels."""
     _draw_losses(panels[0], "base_loss", run.epochs, *run.totals)
     _spread_out(panels[:1])
@@ -55,7 +55,7 @@ def _draw_totals(panels: NDArray[Any], run: Run) -> None:
         empty.remove()
 
 
-def _draw_outputs(panels: NDArray[Any], run: Run) -> None:
+def _draw_outputs(panels: NDArray[Any], run: TrainingRun) -> None:
     """Draws a row of panels for each output."""
     _share_y(panels[:, 0])
     _share_y(panels[:, 1:].ravel())
@@ -90,7 +90,7 @@ def _draw_losses(
     panel.set_ylabel(name, rotation="horizontal", ha="right", va="center", parse_math=False)
 
 
-def _draw_weights(panel: Axes, run: Run, x: Vector, weights: Vector, **style: Any) -> None:
+def _draw_weights(panel: Axes, run: TrainingRun, x: Vector, weights: Vector, **style: Any) -> None:
     _draw(panel, x, weights, color="black", label="weight", **style)
     panel.axhline(1, color="0.5", linestyle=":", label=run.uniform)
     panel.ticklabel_format(axis="y", useOffset=False)

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_dwa._epoch_weights import EpochWeights, Vector
-from keras_dwa._loss_weights import LossWeights
+from keras_dwa._ledger import Ledger, Vector, loss_parts, mean_weights
 
 Logs = Mapping[str, float]
 
@@ -23,49 +22,37 @@ def check_log_names(names: Sequence[str]) -> None:
         )
 
 
-def _missing_losses(logs: Logs, names: Sequence[str], prefix: str = "") -> list[str]:
-    """Which of the losses that a model with these outputs logs are not there."""
-    return [key for key in _keys(logs, names, prefix) if key not in logs]
-
-
-def losses_of(logs: Logs, names: Sequence[str], had: Vector, prefix: str = "") -> Vector:
-    """The outputs' unweighted losses, of an epoch that had these weights: float64, shape `(K,)`."""
+def logged_losses(logs: Logs, names: Sequence[str], weights: Vector, prefix: str = "") -> Vector:
+    """The unweighted losses of an epoch that had these weights: float64, shape `(K,)`."""
     keys = _keys(logs, names, prefix)
     losses = np.array([logs[key] for key in keys], dtype=np.float64)
     if keys != [f"{prefix}loss"]:
         return losses
     # Already weighted. What it was at weight 0, nothing tells.
-    return losses / np.where(had == 0, np.nan, had)
+    return losses / np.where(weights == 0, np.nan, weights)
 
 
-def epoch_losses(logs: Logs, weights: LossWeights) -> Vector:
-    """The outputs' unweighted losses in the epoch that ends: float64, shape `(K,)`."""
-    had = weights.epoch
-    losses = losses_of(logs, weights.names, had.mean())
-    if _keys(logs, weights.names, "") == ["loss"] and not had.is_constant and had.is_summed:
-        losses = had.sums[:-1] / had.sums[-1]
-    return losses
-
-
-def _keys(logs: Logs, names: Sequence[str], prefix: str) -> list[str]:
+def _keys(logs: Logs, names: Sequence[str], prefix: str = "") -> list[str]:
     keys = [f"{prefix}{name}_loss" for name in names]
     # Keras logs the loss of a single output as `loss` alone.
     return [f"{prefix}loss"] if len(keys) == 1 and keys[0] not in logs else keys
 
 
-def check_logs(logs: Logs, names: Sequence[str], had: Vector, may_lack: bool = False) -> None:
+def _missing_losses(logs: Logs, names: Sequence[str], prefix: str = "") -> list[str]:
+    """Which of the losses that a model with these outputs logs are not there."""
+    return [key for key in _keys(logs, names, prefix) if key not in logs]
+
+
+def check_logs(logs: Logs, names: Sequence[str], may_lack: bool = False) -> None:
     """Raises a ValueError unless the logs of training have all losses, and room for ours.
 
     Args:
         logs: those of an epoch, or of its first step.
-        names: those of the outputs.
-        had: the weights that the epoch had.
+        names: the names of the outputs.
         may_lack: whether it is right for losses to be missing.
     """
     missing = _missing_losses(logs, names)
-    if missing and may_lack:
-        return
-    if missing:
+    if missing and not may_lack:
         raise ValueError(
             f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs so; return "
             "`self.compute_metrics(...)`, or averages named so, from `train_step`; in "
@@ -74,86 +61,107 @@ def check_logs(logs: Logs, names: Sequence[str], had: Vector, may_lack: bool = F
         )
     if taken := [key for name in names if (key := f"{name}_weight") in logs]:
         raise ValueError(f"`logs` has {taken} already. Give that metric or loss another name.")
-    losses = losses_of(logs, names, had)
-    if logs.get("loss") == 0 < had @ losses:
+
+
+def check_total(logs: Logs, weighted: float) -> None:
+    """Raises a ValueError if the total loss is 0 in the logs, and the weighted sum is not."""
+    if logs.get("loss") == 0 < weighted:
         raise ValueError(
-            f"`loss` was 0 in the logs, although its parts were "
-            f"{dict(zip(names, losses.tolist(), strict=True))}: nothing updates the metric that "
-            "Keras logs. Leave `loss` out of your metrics and of what `train_step` returns, or "
-            "update Keras's:\n"
+            f"`loss` was 0 in the logs, although the weighted losses sum to {weighted}: nothing "
+            "updates the metric that Keras logs. Leave `loss` out of your metrics and of what "
+            "`train_step` returns, or update Keras's:\n"
             "    next(m for m in self.metrics if m.name == 'loss').update_state(loss)"
         )
 
 
-def check_base_loss(logs: Logs) -> None:
-    """Raises a ValueError if the logs of a step have what only the weighting logs."""
+def check_first_logs(logs: Logs, names: Sequence[str], weights: Vector, may_lack: bool) -> None:
+    """Raises a ValueError unless the logs of a first step are as those of an epoch must be."""
     if taken := [key for key in ("base_loss", "val_base_loss") if key in logs]:
         raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
+    check_logs(logs, names, may_lack)
+    if not _missing_losses(logs, names):
+        check_total(logs, float(weights @ logged_losses(logs, names, weights)))
 
 
-def add_to_logs(logs: dict[str, float], weights: LossWeights) -> list[str]:
-    """Adds the weights that the epoch had, and the losses under the base weights.
+def add_missing_losses(logs: dict[str, float], losses: Mapping[str, float]) -> None:
+    """Adds recorded averages by output name; what the model logs itself stays as it is."""
+    by_key = {f"{name}_loss": loss for name, loss in losses.items()}
+    logs.update({key: loss for key, loss in by_key.items() if key not in logs})
 
-    Returns:
-        What there is to warn of.
-    """
-    names, had = weights.names, weights.epoch
-    mean, losses = had.mean(), epoch_losses(logs, weights)
-    logs.update({f"{name}_weight": weight for name, weight in weights.by_name(mean).items()})
+
+def add_weights(logs: dict[str, float], names: Sequence[str], ledger: Ledger) -> None:
+    """Adds the weights that the epoch had, the mean of them if they changed within it."""
+    weights = mean_weights(ledger).tolist()
+    logs.update({f"{name}_weight": weight for name, weight in zip(names, weights, strict=True)})
+
+
+def add_base_loss(
+    logs: dict[str, float], ledger: Ledger, losses: Vector, base_weights: Vector
+) -> None:
+    """Adds what the total loss would be under the base weights, if there is a total."""
     if "loss" in logs:
         # Another weighting, of other losses of the model, may have begun it.
-        total = logs.get("base_loss", logs["loss"])
-        parts = weighted_parts(had, losses)
-        logs["base_loss"] = _base_loss(total, losses, parts, weights.base_weights)
-    if "val_loss" not in logs:
-        return []
-    if missing := _missing_losses(logs, names, "val_"):
-        return [
-            f"adds no `val_base_loss`: the logs lack {missing}. A `test_step` of your own "
-            "must return\n    self.compute_metrics(x, y, y_pred, sample_weight)"
-        ]
-    validation = had.weights if had.validation is None else had.validation
-    losses = losses_of(logs, names, validation, "val_")
-    if weights.in_logs and math.isfinite(logs["val_loss"]) and not np.isfinite(losses).all():
-        return [
-            "adds no `val_base_loss`: nothing was recorded in validation. In `compute_loss`, or a "
-            "`test_step` of your own, `combine` the terms in validation, too."
-        ]
-    total = logs.get("val_base_loss", logs["val_loss"])
-    parts = validation * losses
-    logs["val_base_loss"] = _base_loss(total, losses, parts, weights.base_weights)
-    return []
+        total, parts = logs.get("base_loss", logs["loss"]), loss_parts(ledger, losses)
+        base_parts = loss_parts(ledger, losses, base_weights)
+        logs["base_loss"] = _base_loss(total, parts, base_parts, losses)
 
 
-def weighted_parts(had: EpochWeights, losses: Vector) -> Vector:
-    """The losses of an epoch times the weights that its batches had: float64, shape `(K,)`.
+def add_val_base_loss(
+    logs: dict[str, float],
+    names: Sequence[str],
+    weights: Vector,
+    base_weights: Vector,
+    recorded: Vector | None,
+) -> str | None:
+    """Adds what the validation's total loss would be under the base weights, if there is one.
 
     Args:
-        had: which those are.
-        losses: the unweighted losses.
+        logs: those of an epoch.
+        names: the names of the outputs.
+        weights: the weights that the validation had.
+        base_weights: the base weights.
+        recorded: the averages that a compound loss recorded in it, NaN if it was not called; None
+            if the model has none.
+
+    Returns:
+        A warning, if it cannot.
     """
-    parts: Vector = had.mean() * losses
-    if had.is_summed and not had.is_constant:
-        parts = had.weighted / had.sums[-1]
-    return parts
+    if "val_loss" not in logs:
+        return None
+    losses = recorded
+    if losses is None or np.isnan(losses).any():
+        if missing := _missing_losses(logs, names, "val_"):
+            return (
+                f"adds no `val_base_loss`: the logs lack {missing}. A `test_step` of your own "
+                "must return\n    self.compute_metrics(x, y, y_pred, sample_weight)"
+            )
+        losses = logged_losses(logs, names, weights, "val_")
+    if recorded is not None and np.isnan(losses).any() and math.isfinite(logs["val_loss"]):
+        return (
+            "adds no `val_base_loss`: nothing was recorded in validation. In `compute_loss`, or a "
+            "`test_step` of your own, `combine` the terms in validation, too."
+        )
+    total = logs.get("val_base_loss", logs["val_loss"])
+    logs["val_base_loss"] = _base_loss(total, weights * losses, base_weights * losses, losses)
+    return None
 
 
-def _base_loss(total: float, losses: Vector, parts: Vector, base_weights: Vector) -> float:
+def _base_loss(total: float, parts: Vector, base_parts: Vector, losses: Vector) -> float:
     """What `total`, the sum of weighted `parts` and more, would be under the base weights."""
-    if not math.isfinite(total):
-        return total
+    weighted, base_loss = float(parts.sum()), float(base_parts.sum())
     # A `test_step` of the user's own may sum the losses under the base weights, or under none.
-    base_loss = float(base_weights @ losses)
-    if math.isclose(total, base_loss, rel_tol=1e-5):
+    if not math.isfinite(total) or math.isclose(total, base_loss, rel_tol=1e-5):
         return total
     if math.isclose(total, float(losses.sum()), rel_tol=1e-5):
         return base_loss
-    with np.errstate(invalid="ignore"):
-        return total + float((base_weights * losses - parts).sum())
+    # A step that uses a compound loss more than once may add up what it gives.
+    uses = total / weighted if weighted else math.nan
+    if uses > 1.5 and math.isclose(uses, round(uses), rel_tol=1e-5):
+        return uses * base_loss
+    return total - weighted + base_loss
 
 
-def print_weights(source: str, weights: LossWeights, epoch: int) -> None:
+def print_weights(source: str, weights: Mapping[str, float], epoch: int) -> None:
     """Prints the weights in the manner of Keras's callbacks."""
-    by_name = weights.by_name(weights.assigned)
-    shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in by_name.items())
+    shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in weights.items())
     print(f"\nEpoch {epoch + 1}: {source} setting loss weights to {shown}.")

@@ -2,15 +2,11 @@
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_dwa._arguments import check_factors
-from keras_dwa._epoch_weights import Vector
-from keras_dwa._logs import print_weights
 from keras_dwa._loss_weighting import LossWeighting
 from keras_dwa._wiring import check_no_fit
 
@@ -54,6 +50,8 @@ class LossWeightScheduler(LossWeighting):
         {'reconstruction': 1.0, 'kl': 0.4000000059604645}
     """
 
+    _prints_at_begin = True
+
     def __init__(
         self,
         outputs: Sequence[str] | Mapping[str, float],
@@ -84,22 +82,20 @@ class LossWeightScheduler(LossWeighting):
         return {**super().get_config(), "schedule": schedule}
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        self._is_new = False  # A schedule misses no epoch before.
-        super().on_epoch_begin(epoch, logs)
-        if self._update_freq == "epoch":
+        if self._window_size is None:
             self._begin(epoch)
-        if self.verbose > 0:
-            print_weights(type(self).__name__, self._weights, epoch)
+        super().on_epoch_begin(epoch, logs)
 
-    def _close_window(self, batches: int) -> None:
-        super()._close_window(batches)
-        self._begin(self._weights.state.periods)
+    def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
+        """The factors of the next window. (Those of an epoch are set as it begins.)"""
+        return self._scheduled(epoch + 1) if self._window_size else None
 
     def assign(self, factors: Mapping[str, float]) -> None:
         super().assign(factors)
         # Where the epoch begins again, what the schedule leaves out stays as assigned.
         assigned = {name: self.factors[name] for name in factors}
-        self._keep(self.state.get("epoch", 0), {**self._before(), **assigned})
+        before = {**self._before(), **assigned}
+        self._move("`assign`", lambda: self._remember(self.state.get("epoch", 0), before))
 
     def step(
         self, losses: Mapping[str, float] | None = None, *, all_ranks: bool = True
@@ -116,21 +112,28 @@ class LossWeightScheduler(LossWeighting):
         Raises:
             RuntimeError: within `fit`, which does it itself; and as in `LossWeighting.step`.
         """
-        check_no_fit(self._thread)
+        check_no_fit(self._run is not None)
+        epoch = int(self.state.get("epoch", -1)) + 1
         super().step(losses, all_ranks=all_ranks)
-        self._begin(int(self.state.get("epoch", -1)) + 1)
-        return self._weights.by_name(self._weights.assigned)
+        self._begin(epoch)
+        return self._current()
 
     def reset(self) -> None:
         super().reset()
         self._begin(0)
 
     def _begin(self, epoch: int) -> None:
+        source = f"`{type(self).__name__}.schedule` for {self._unit} {epoch + 1}"
+        self._move(source, lambda: self._scheduled(epoch))
+
+    def _scheduled(self, epoch: int) -> Any:
+        """The factors of an epoch, or window, which `state` then remembers."""
         before = self._before() if self.state.get("epoch") == epoch else self.factors
         found = self.schedule(epoch, dict(before))
-        source = f"`{type(self).__name__}.schedule` for {self._unit} {epoch + 1}"
-        new = check_factors({} if found is None else found, before, self._weights, source)
-        self._keep(epoch, before, new)
+        self._remember(epoch, before)
+        if found is None:
+            return before
+        return {**before, **found} if isinstance(found, Mapping) else found
 
     def _before(self) -> dict[str, float]:
         """The factors that the schedule got for the epoch that began last."""
@@ -138,10 +141,7 @@ class LossWeightScheduler(LossWeighting):
             return self.factors
         return dict(zip(sorted(self.outputs), self.state["before"].tolist(), strict=True))
 
-    def _keep(self, epoch: int, before: dict[str, float], factors: Vector | None = None) -> None:
-        state = self._weights.state
+    def _remember(self, epoch: int, before: Mapping[str, float]) -> None:
+        self.state["epoch"] = np.array(epoch)
         # In an order of their own, for a file may have the outputs in another one.
-        in_order = np.array([before[name] for name in sorted(before)])
-        memory = {**state.memory, "epoch": np.array(epoch), "before": in_order}
-        factors = state.factors if factors is None else factors
-        self._weights.replace(replace(state, factors=factors, memory=memory))
+        self.state["before"] = np.array([before[name] for name in sorted(before)])

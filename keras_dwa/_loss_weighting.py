@@ -1,43 +1,85 @@
-"""When the loss weights move: the callback that every rule is built on, in Keras's hooks."""
+"""The callback that moves the loss weights of a model while it trains."""
 
 import math
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import warnings
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any, Self
 
 import keras
 import numpy as np
 
-from keras_dwa._attached import AttachedRule
-from keras_dwa._compiled import has_own
-from keras_dwa._epoch_weights import EpochWeights
+from keras_dwa._arguments import (
+    check_factors,
+    check_losses,
+    check_memory,
+    check_outputs,
+    check_update_freq,
+)
+from keras_dwa._compiled import fixed_part
+from keras_dwa._ledger import (
+    Ledger,
+    Segment,
+    Vector,
+    averages,
+    is_constant,
+    is_known,
+    loss_parts,
+    mean_weights,
+    repeat_count,
+    total,
+)
 from keras_dwa._logs import (
-    add_to_logs,
-    check_base_loss,
+    add_base_loss,
+    add_missing_losses,
+    add_val_base_loss,
+    add_weights,
+    check_first_logs,
     check_logs,
-    epoch_losses,
+    check_total,
+    logged_losses,
     print_weights,
 )
-from keras_dwa._own_steps import OwnSteps
-from keras_dwa._ranks import same_in_fit
-from keras_dwa._rule import Rule
+from keras_dwa._loss_weights import LossWeight, LossWeights
+from keras_dwa._ranks import same_on_ranks, total_in_fit, total_of_ranks
+from keras_dwa._run import Run
+from keras_dwa._sums import NewSums, RecordSums, TrackerSums
 from keras_dwa._wiring import (
+    attach,
     check_attached,
-    check_effect,
-    check_first_batches,
+    check_metrics,
     check_model,
-    check_one_fit,
-    history_messages,
-    no_batch_message,
-    poisoned,
-    put_back,
-    start_messages,
-    window_messages,
+    check_no_fit,
+    check_record,
+    check_use,
+    is_tracked,
+    logged_by_record,
+    records,
+    static_sums,
 )
+
+
+@dataclass(frozen=True)
+class Window:
+    """A window of batches that is over.
+
+    Attributes:
+        batches: how many it had.
+        losses: output name to unweighted loss, averaged over them.
+        weights: output name to the weight that the last of them had.
+    """
+
+    batches: int
+    losses: dict[str, float]
+    weights: dict[str, float]
 
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
-class LossWeighting(AttachedRule):
+class LossWeighting(keras.callbacks.Callback):
     """Moves the loss weights of a multi-output model while it trains, by a rule or by hand.
 
     The weight of an output's loss is its base weight, which says what is wanted in the end, times
@@ -109,10 +151,8 @@ class LossWeighting(AttachedRule):
 
     # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.
     async_safe = True
-
-    # Whether the first batches of a `fit` are yet to be checked; whether it was said that no window
-    # was over.
-    _is_start = _is_short = False
+    # When `verbose=1` prints the weights: once `update` has moved them, or as an epoch begins.
+    _prints_at_begin = False
 
     def __init__(
         self,
@@ -120,119 +160,526 @@ class LossWeighting(AttachedRule):
         update_freq: str | int = "epoch",
         verbose: int = 0,
     ) -> None:
-        super().__init__(outputs, update_freq, verbose)
-        self._own_steps = OwnSteps(self._weights)
+        super().__init__()
+        freq = check_update_freq(update_freq)
+        # In batches; None for epochs.
+        self._window_size: int | None = None if freq == "epoch" else int(freq)
+        self.verbose = verbose
+        rules = [cls.__name__ for cls in type(self).__mro__]
+        self._weights = LossWeights(check_outputs(outputs), rules)
+        self._weights.before_change = self._close_segment
+        self._run: Run | None = None
+        # The latest windows that are over.
+        self._windows: deque[Window] = deque(maxlen=1000)
+        # The factors assigned since the last epoch or `fit` ended, with which a new model begins.
+        self._assigned: dict[str, float] = {}
+        # The memory while `update` runs, so that an error in it leaves the former one.
+        self._draft: dict[str, Any] | None = None
+        # Whether the loss was in every epoch so far the sum under the base weights; under none.
+        self._static = np.array([True, True])
+        # torch's `DistributedDataParallel`, if the model was given in that.
+        self._wrapper: Any = None
+        # What to warn of once all is done, for a warning may be an error.
+        self._messages: list[str] = []
 
-    def reset(self) -> None:
-        super().reset()
-        self._is_short = False
+    # In the order in which Keras calls them.
+
+    def set_model(self, model: keras.Model) -> None:
+        weights = self._weights
+        plain = keras.callbacks.Callback()
+        plain.set_model(model)
+        # What torch's `DistributedDataParallel` wraps, where that is given.
+        wrapper, model = model, plain.model
+        check_model(model, weights, in_fit=False)
+        self._wrapper = None if wrapper is model else wrapper
+        weights.logged = logged_by_record(model, weights)
+        former = self.model
+        if model is former and is_tracked(model, weights):
+            return
+        returns = former is not None and getattr(model, weights.name, None) is weights
+        # Unpickled, or by Keras for a model with a compound loss.
+        is_read = former is None and weights.is_loaded
+        self._run = None
+        attach(model, weights)
+        if not is_read:
+            assigned = self._assigned
+            self.reset()
+            if assigned:
+                self.assign(assigned)
+        # Late, so that the next call does it all again if Ctrl-C comes before.
+        super().set_model(model)
+        if returns:
+            self._messages.append(
+                "comes back to a model after it was with another one, and starts afresh. Make a "
+                "weighting for each model:\n"
+                "    other_model.compile(..., loss_weights=other_weighting.loss_weights)"
+            )
+            self._warn()
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
-        check_attached(self.model, self._weights, self)
-        check_model(self.model, self._weights)
-        self._thread = threading.get_ident()
-        self._is_start = True
+        model, weights = self.model, self._weights
+        check_attached(model, weights, self)
+        check_model(model, weights)
+        by_record = records(model, weights)
+        # From Keras 3.16 on, `fit` trains in the ranks that there are.
+        parallel = self._wrapper or getattr(model, "ddp_model", None)
+        trackers, record = TrackerSums(model, weights.names), weights.record
+        source = RecordSums(record) if record is not None and by_record else trackers
+        over_ranks = partial(total_in_fit, weights=weights, parallel=parallel)
+        sums = NewSums(source, weights.marks, over_ranks)
+        is_first = weights.state.window[-1] == 0
+        self._run = Run(model, self.params, sums, by_record, parallel, is_first)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        check_one_fit(self._thread, self)
-        weights = self._weights
-        self._messages += put_back(weights)
-        if self._is_start:
-            self._messages += start_messages(weights, self._is_new, epoch)
-        self._is_new, weights.file = False, None
-        weights.state = replace(weights.state, epochs=epoch)
-        # From Keras 3.16 on, `fit` trains in the ranks that there are.
-        weights.parallel = self._wrapper or getattr(self.model, "ddp_model", None)
-        weights.epoch = EpochWeights(weights.assigned)
-        self._begin_epoch()
-        by_step = weights.in_logs and has_own(self.model, "train_step")
-        self._own_steps = OwnSteps(weights, by_step or bool(weights.tracked))
-        weights.reset_state()  # As Keras did, unless the model's `metrics` hides it.
-        weights.was_reset = weights.lost = False
+        run, weights = self._this_run(), self._weights
+        weights.vector.restore()
+        is_late = epoch > weights.state.periods and not self._window_size
+        if weights.is_loaded and is_late and not run.is_checked:
+            self._messages.append(
+                f"continues with epoch {epoch + 1}, but the file that was read knows of only "
+                f"{weights.state.periods} before it. List the callback that writes it last:\n"
+                "    callbacks=[weighting, keras.callbacks.BackupAndRestore(...)]"
+            )
+        weights.is_loaded = False
+        run.begin_epoch()
+        run.sums.begin()
+        if self.verbose and self._prints_at_begin:
+            self._print_weights(epoch)
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        epoch = self._weights.epoch
-        if self._is_start and epoch.batches:
+        run = self._run
+        if run is None:
+            return
+        run.begun = batch
+        if batch < run.next:
+            return
+        if batch == 0 and run.sums.is_reset:
+            # By what other callbacks did as the epoch began.
+            self._sync()
+            run.sums.take(self._weights.vector.current)
+        if batch > 0:
             self._check_first_batches()
-        self._check_terms(batch)
-        if not epoch.is_open:
-            self._begin_first_batch(batch)
-        epoch.begin(batch)
-        if self._is_over(batch):
-            self._add_sums()
-            self._close_window(batch)
+        run.next = batch + 1 if not run.is_checked else math.inf
+        if self._window_size:
+            if self._in_window(batch) >= self._window_size:
+                self._close_segment()
+                self._close_window()
+            run.next = min(run.next, batch + self._window_size - self._in_window(batch))
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
-        weights, epoch = self._weights, self._weights.epoch
-        if logs and not epoch.has_ended:
-            check_base_loss(logs)
-            check_logs(logs, weights.names, epoch.weights, self._own_steps.expected)
-        self._own_steps.add_logs(batch + 1, logs or {})
-        # Where a call of several steps is not full, Keras numbers those, too, that it lacks.
-        steps = (self.params or {}).get("steps")
-        epoch.end(batch if steps is None else min(batch, steps - 1))
+        run = self._run
+        if run is None:
+            return
+        run.end_batch(batch)
+        if logs and not run.has_logs:
+            run.has_logs = True
+            weights = self._weights
+            check_first_logs(logs, weights.names, weights.vector.current, run.by_record)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
+        run = self._run
+        if run is None or run.thread != threading.get_ident():
+            return
+        self._sync()
+        self._weights.vector.restore()
         # Before validation records, too.
         self._check_first_batches()
-        self._check_terms()
-        self._complete_sums()
+        if self._needs_sums():
+            run.add_segment(self._weights.vector.current)
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
-        self._weights.epoch.validation = self._weights.assigned
+        run, weights = self._run, self._weights
+        if run is None or run.thread != threading.get_ident():
+            return
+        self._sync()
+        recorded = averages(repeat_count(weights.recorded())) if run.by_record else None
+        run.validation = weights.vector.current, recorded
+        if self._needs_sums():
+            run.sums.take(weights.vector.current)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        check_one_fit(self._thread, self)
+        run, weights, names = self._this_run(), self._weights, self.outputs
         logs = {} if logs is None else logs
-        weights = self._weights
-        if not weights.epoch.batches:
-            same_in_fit(np.full(len(self.outputs), np.nan), weights)
-            # Keras on JAX then puts back the variables' values of an epoch before.
-            put_back(weights)
-            self._messages.append(no_batch_message(epoch))
+        weights.vector.restore()
+        if not self._has_losses(run):
+            if run.parallel is not None:
+                same_on_ranks(np.full(len(names), np.nan), weights, run.parallel)
+            self._messages.append(
+                f"holds the loss weights: epoch {epoch + 1} had no batch. (In a loop of your own, "
+                "call `on_train_batch_end` for each, or `weighting.step({name: average, ...})`.)"
+            )
             return self._warn()
-        self._check_first_batches()
-        self._complete_sums()
-        mean = weights.epoch.mean()
-        self._check_terms()
-        logs.update(self._own_steps.missing(logs, weights.epoch.batches))
-        check_logs(logs, weights.names, mean)
-        losses = same_in_fit(epoch_losses(logs, weights), weights)
-        self._messages += add_to_logs(logs, weights)
-        if weights.looks_static.any():
-            check_effect(self.model, weights, logs, losses)
-        self._messages += poisoned(logs.get("loss", math.nan), losses, mean, weights.names)
-        weights.epoch.is_open = False
-        of_outputs = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
-        if self._update_freq == "epoch":
-            self._close_period(epoch, {**logs, **of_outputs}, forget_record=True, epochs=epoch + 1)
-        else:
-            self._end_epoch(epoch)
-        if self.verbose > 0 and type(self).update is not Rule.update:
-            print_weights(type(self).__name__, weights, epoch)
-        self._messages += history_messages(self.model, self.params, epoch)
+        unknown = Segment(weights.vector.current, run.batches, np.full(2 * len(names) + 1, np.nan))
+        ledger = run.ledger or [unknown]
+        losses = averages(total(ledger))
+        if run.by_record and is_known(ledger):
+            add_missing_losses(logs, weights.by_name(losses))
+        check_logs(logs, names)
+        if not is_known(ledger):
+            losses = logged_losses(logs, names, mean_weights(ledger))
+        if run.parallel is not None:
+            losses = same_on_ranks(losses, weights, run.parallel)
+        add_weights(logs, names, ledger)
+        check_total(logs, float(loss_parts(ledger, losses).sum()))
+        self._check_effect(logs, ledger, losses)
+        add_base_loss(logs, ledger, losses, weights.base_weights)
+        had, recorded = run.validation or (weights.vector.current, None)
+        message = add_val_base_loss(logs, names, had, weights.base_weights, recorded)
+        self._messages += [message] if message else []
+        self._end_epoch(run, epoch, logs, losses)
+        if self.verbose and not self._prints_at_begin and self._is_rule():
+            self._print_weights(epoch)
         self._warn()
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
-        self._thread = self._weights.parallel = None
-        self._assigned = {}
-        if not self._is_short:
-            self._messages += window_messages(self._weights.state, self._update_freq)
-            self._is_short = bool(self._messages)
+        run, state, size = self._run, self._weights.state, self._window_size
+        self._run, self._assigned = None, {}
+        if run is not None and run.is_first and size and not state.periods and state.window[-1]:
+            self._messages.append(
+                f"moved no weight: `update_freq={size}` batches are more than the "
+                f"{int(state.window[-1])} that were trained so far. Choose a smaller one, or "
+                "'epoch'."
+            )
         self._warn()
 
-    def _check_first_batches(self) -> None:
-        # Once a batch is done, since TensorFlow builds the losses in it.
-        if self._is_start:
-            self._is_start = False
-            check_first_batches(self.model, self._weights)
+    # For users.
 
-    def _check_terms(self, batches: int | None = None) -> None:
-        if not self._own_steps.expected:
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The names of the outputs, as given."""
+        return self._weights.names
+
+    @property
+    def base_weights(self) -> Mapping[str, float]:
+        """The base weights by output name, which stay as they are."""
+        return MappingProxyType(self._weights.by_name(self._weights.base_weights))
+
+    @property
+    def factors(self) -> dict[str, float]:
+        """What the base weights are multiplied by, by output name, in a new dict."""
+        return self._weights.by_name(self._weights.state.factors)
+
+    @property
+    def loss_weights(self) -> dict[str, LossWeight]:
+        """The live weights by output name, in a new dict: for `compile(loss_weights=...)`.
+
+        `float` of a weight is its present value, at any time and in any thread.
+        """
+        return dict(self._weights.entries)
+
+    @property
+    def state(self) -> Any:
+        """What the rule remembers, name to array: empty at first, stored with the weights.
+
+        Only `update` may put something in.
+        """
+        memory = self._weights.state.memory
+        return MappingProxyType(memory) if self._draft is None else self._draft
+
+    @property
+    def windows(self) -> list[Window]:
+        """The windows of batches that are over, the latest 1000, oldest first."""
+        return list(self._windows)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """The weights, and what a `CompoundLoss` records: the state for its `stateless_call`."""
+        self._sync()
+        return list(self._weights.variables)
+
+    def assign(self, factors: Mapping[str, float]) -> None:
+        """Sets factors by output name; the next step uses them.
+
+        Call it before `fit`; in `on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end` of
+        another callback, listed after this one and before those that write files; or in a loop of
+        your own (if that calls `train_on_batch`, call `set_model(model)` before it).
+
+        Args:
+            factors: output name to factor, a finite number >= 0; names left out keep theirs. 0
+                switches a loss off until another factor is assigned.
+
+        Raises:
+            ValueError: if a name is not an output's, or a factor not as described.
+            RuntimeError: if called in another thread than that of the `fit` under way, as Keras
+                calls `on_train_batch_end` beside the next steps.
+        """
+        if self._run is not None and self._run.thread != threading.get_ident():
+            raise RuntimeError(
+                "`assign` was called beside the steps of `fit`, in another thread. Call it in "
+                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`; if that `fit` broke "
+                "off, call `weighting.on_train_end()`."
+            )
+        self._sync()
+        new = check_factors(factors, self.factors, self.base_weights, "`assign`")
+        self._weights.replace(replace(self._weights.state, factors=new))
+        self._assigned.update({name: self.factors[name] for name in factors})
+
+    def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
+        """The factors of the next epoch: the method to override. By itself it moves nothing.
+
+        What it puts into `self.state` is kept if it returns, and dropped if it raises.
+
+        Args:
+            epoch: the epoch that ends, from 0; with `update_freq` in batches, the window.
+            logs: `<name>_loss` for each output, its unweighted loss averaged over the epoch or
+                window; after an epoch of `fit`, all else that its logs have, `val_<name>_loss` and
+                metrics, too.
+
+        Returns:
+            Output name to factor, a finite number >= 0; names left out keep theirs. None if all do.
+        """
+        return None
+
+    def step(
+        self, losses: Mapping[str, float] | None = None, *, all_ranks: bool = True
+    ) -> dict[str, float]:
+        """Closes an epoch: moves the weights by the averages of its losses.
+
+        `on_epoch_end` does the same; call it yourself only in a loop without `fit`. If that loop
+        calls `train_on_batch`, call `set_model(model)` before it, as `fit` does: the model then
+        hands the weights to its compiled step. Call `step` before `evaluate`, which records, too.
+
+        In a process group of torch's, as for `DistributedDataParallel`, every rank must call it:
+        the averages are those over all ranks, in one all-reduce, and so all have the same weights.
+
+        Args:
+            losses: output name to the unweighted loss averaged over the epoch, a scalar each; over
+                all ranks, the same on each. Without it, the averages that a `CompoundLoss` recorded
+                since the last `step`; where there are none, nothing happens.
+            all_ranks: False for ranks that train different models: nothing of the others counts.
+
+        Returns:
+            The weights by output name, as floats.
+
+        Raises:
+            ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
+            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`; if
+                only some ranks recorded anything, or their factors, epochs or `losses` differ.
+        """
+        self._sync()
+        weights = self._weights
+        if losses is None:
+            check_no_fit(self._run is not None and self._run.by_record)
+            sums = weights.recorded()
+            sums = total_of_ranks(sums, weights) if all_ranks else sums
+            values = averages(repeat_count(sums)) if sums[-1] else None
+            if values is None and weights.marks.added:
+                weights.marks.added = False
+                self._messages.append(
+                    "found nothing recorded, but the compound loss was called. Under "
+                    "`jax.jit`, assign what `stateless_call` returns to `weighting.variables`; "
+                    "before `train_on_batch`, call `weighting.set_model(model)`."
+                )
+        else:
+            given = check_losses(losses, weights.names)
+            values = same_on_ranks(given, weights) if all_ranks else given
+        if values is not None:
+            logs = {f"{name}_loss": value for name, value in weights.by_name(values).items()}
+            self._close_period(weights.state.periods, logs, clear_record=True)
+        self._warn()
+        return self._current()
+
+    def reset(self) -> None:
+        """Goes back to the first epoch: the base weights, an empty `state`, nothing recorded."""
+        self._sync()
+        self._weights.reset()
+        self._assigned, self._static = {}, np.array([True, True])
+        self._windows.clear()
+        if self._run is not None:
+            self._run.begin_window()
+
+    def get_config(self) -> dict[str, Any]:
+        """What makes the same weighting anew, for Keras to save; the model's weights have the rest.
+
+        A rule with arguments of its own adds them, and is registered by
+        `keras.saving.register_keras_serializable`.
+        """
+        config = {"outputs": dict(self.base_weights), "verbose": self.verbose}
+        windows = {"update_freq": self._window_size} if self._window_size else {}
+        return {**config, **windows}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**keras.saving.deserialize_keras_object(config))
+
+    def __repr__(self) -> str:
+        return self._shown()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
+        return self
+
+    __copy__ = __deepcopy__
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None, "_wrapper": None, "_run": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._weights.before_change = self._close_segment
+
+    # How the weights move.
+
+    def _close_period(
+        self, period: int, logs: Mapping[str, float], clear_record: bool, **changes: Any
+    ) -> None:
+        """Asks the rule after an epoch or window, counted from 0; `changes` are others of state."""
+        source = f"`{type(self).__name__}.update` after {self._unit} {period + 1}"
+        changes["periods"] = period + 1
+        self._move(source, lambda: self.update(period, logs), clear_record, **changes)
+        self._assigned = {}
+
+    def _move(
+        self,
+        source: str,
+        find: Callable[[], Mapping[str, float] | None],
+        clear_record: bool = False,
+        **changes: Any,
+    ) -> None:
+        """Goes over to the factors that `find` returns, and to what it leaves in `self.state`."""
+        weights = self._weights
+        try:
+            # Copies, for a rule may change an array in place.
+            self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
+            found = find()
+            found = {} if found is None else found
+            factors = check_factors(found, self.factors, self.base_weights, source)
+            memory = check_memory(self._draft, source)
+            state = replace(weights.state, factors=factors, memory=memory, **changes)
+            weights.replace(state, clear_record)
+        finally:
+            self._draft = None
+
+    def _end_epoch(self, run: Run, epoch: int, logs: Mapping[str, float], losses: Vector) -> None:
+        weights = self._weights
+        if self._window_size is None:
+            run.begin_epoch()
+            own = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
+            self._close_period(epoch, {**logs, **own}, clear_record=True)
             return
-        if self._own_steps.lacks_record(batches):
+        if self._in_window(run.batches) >= self._window_size:
+            self._close_window()
+        weights.state = replace(weights.state, window=run.window(weights.state.window))
+        weights.clear_record()
+        run.begin_epoch()
+
+    def _close_window(self) -> None:
+        run, weights = self._this_run(), self._weights
+        window = run.window(weights.state.window)
+        losses = weights.by_name(averages(window[:-1]))
+        closed = Window(int(window[-1]), losses, self._current())
+        logs = {f"{name}_loss": loss for name, loss in losses.items()}
+        zeros = np.zeros_like(window)
+        self._close_period(weights.state.periods, logs, clear_record=False, window=zeros)
+        self._windows.append(closed)
+        run.begin_window()
+
+    def _in_window(self, batches: int) -> int:
+        """How many batches the open window has after so many of the epoch."""
+        return int(self._weights.state.window[-1]) + self._this_run().in_window(batches)
+
+    def _close_segment(self) -> None:
+        """Before weights change: the batches so far had those that there are."""
+        run = self._run
+        if run is None or run.batches <= run.in_ledger:
+            return
+        self._sync()
+        lost = run.sums.is_reset
+        run.add_segment(self._weights.vector.current, run.batches)
+        run.next = 0
+        if lost and self._window_size and not np.isfinite(run.ledger[-1].sums[-1]):
+            self._messages.append(
+                "does not know the losses of some batches of the epoch: an evaluation took their "
+                "place. In `callbacks`, list the weighting before those that evaluate."
+            )
+
+    # What is known, and what is checked.
+
+    @property
+    def _unit(self) -> str:
+        return "window" if self._window_size else "epoch"
+
+    def _current(self) -> dict[str, float]:
+        """The weights by output name."""
+        return self._weights.by_name(self._weights.vector.current)
+
+    def _is_rule(self) -> bool:
+        return type(self).update is not LossWeighting.update
+
+    def _this_run(self) -> Run:
+        run = self._run
+        if run is None or run.thread != threading.get_ident():
+            raise RuntimeError(
+                f"{self!r} was used by another `fit` at the same time, or in another thread; or "
+                "`on_train_begin` was not called. Make one for each model, and in a loop of your "
+                "own call\n    weighting.step({name: average, ...})"
+            )
+        return run
+
+    def _needs_sums(self) -> bool:
+        """Whether the logs are not enough: the weights move within the epoch, or may do so."""
+        run = self._this_run()
+        return run.by_record or self._window_size is not None or bool(run.ledger)
+
+    def _has_losses(self, run: Run) -> bool:
+        """Whether the epoch that ends had a batch, and in it a use of the compound loss."""
+        if run.batches == 0:
+            return False
+        self._check_first_batches()
+        if self._needs_sums():
+            self._close_segment()
+        if not run.by_record or total(run.ledger)[-1] != 0:
+            return True
+        check_use(self.model, is_first=self._weights.state.periods == 0)
+        return False
+
+    def _check_first_batches(self) -> None:
+        # Once a batch has begun, since TensorFlow builds the losses in it.
+        run, weights = self._this_run(), self._weights
+        if run.is_checked:
+            return
+        run.is_checked = True
+        if not run.by_record:
+            check_metrics(self.model, weights.names)
+        if weights.record is not None and not run.sums.is_reset:
             self._sync()
-            self._own_steps.add_record(batches)
-        self._own_steps.check()
+            check_record(run.by_record, weights.marks.added, weights.recorded()[-1] != 0)
+
+    def _check_effect(self, logs: Mapping[str, float], ledger: Ledger, losses: Vector) -> None:
+        if not self._static.any() or not (is_constant(ledger) or is_known(ledger)):
+            return
+        weights = self._weights
+        self._static = static_sums(
+            self._static,
+            logs.get("loss", math.nan) - fixed_part(self.model, logs, weights.entries),
+            loss_parts(ledger, losses),
+            float(loss_parts(ledger, losses, weights.base_weights).sum()),
+            float(loss_parts(ledger, losses, np.ones(len(losses))).sum()),
+            weights.by_name(mean_weights(ledger)),
+        )
+
+    def _sync(self) -> None:
+        # On JAX, a model's variables have no value while an epoch runs, other than within its step;
+        # `Callback.model` puts them back, and the next step takes them from there.
+        self.model  # noqa: B018
+
+    def _shown(self, **arguments: Any) -> str:
+        base_weights = dict(self.base_weights)
+        outputs = base_weights if set(base_weights.values()) != {1.0} else list(base_weights)
+        current = self._current().items()
+        arguments["weights"] = {name: float(f"{weight:.4g}") for name, weight in current}
+        shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
+        return f"{type(self).__name__}({outputs}, {shown})"
+
+    def _print_weights(self, epoch: int) -> None:
+        print_weights(type(self).__name__, self._current(), epoch)
+
+    def _warn(self) -> None:
+        messages, self._messages = self._messages, []
+        if len(messages) > 5:
+            messages[5:] = [f"has {len(messages) - 5} more messages of this epoch."]
+        if messages:
+            name = type(self).__name__
+            warnings.warn("\n".join(f"{name} {message}" for message in messages), stacklevel=3)

@@ -1,8 +1,7 @@
 """Live loss weights: the vector that a compiled step reads, its entries, its state in files."""
 
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NoReturn
@@ -11,7 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa._epoch_weights import EpochWeights, Vector
+from keras_dwa._ledger import Vector
 from keras_dwa._loss_record import LossRecord, to_numpy
 
 
@@ -36,11 +35,7 @@ class LossWeight(keras.Variable):
 
     @property
     def value(self) -> Any:
-        vector = self._vector.value
-        entry = vector[self._index]
-        if is_traced(entry):
-            self._vector.is_frozen = not is_traced(vector)
-        return entry
+        return self._vector.value[self._index]
 
     def assign(self, value: Any) -> NoReturn:
         raise RuntimeError(
@@ -52,8 +47,8 @@ class LossWeight(keras.Variable):
         return f"<{type(self).__name__} {self.name}>"
 
     def __float__(self) -> float:
-        # By way of a tensor, since `float` of a variable under a tf.distribute strategy fails.
-        return float(to_numpy(keras.ops.convert_to_tensor(self._vector)[self._index]))
+        # Of the host: on JAX, a variable that another thread reads costs that of `fit` its step.
+        return float(self._vector.current[self._index])
 
     def get_config(self) -> dict[str, float]:
         return {"value": float(self)}
@@ -67,10 +62,24 @@ class LossWeightVector(keras.Variable):
     """All loss weights: a variable of shape `(K,)`.
 
     Attributes:
-        is_frozen: whether the step that JAX compiled last has the values of then as constants.
+        current: the values that it was given last, as it holds them: float64.
     """
 
-    is_frozen = False
+    current: Vector
+
+    def set(self, values: Vector) -> None:
+        self.current = values.astype(self.dtype).astype(np.float64)
+        # An array, since TensorFlow keeps every Python number that it has ever converted.
+        self.assign(self.current)
+
+    def restore(self) -> None:
+        """Undoes what else was assigned.
+
+        On JAX, Keras does so to what was assigned as a batch began, if the data then had none.
+        """
+        found = to_numpy(keras.ops.convert_to_tensor(self))
+        if not np.array_equal(found, self.current):
+            self.assign(self.current)
 
 
 class JaxLossWeightVector(LossWeightVector):
@@ -82,10 +91,10 @@ class JaxLossWeightVector(LossWeightVector):
             return super().value
         except TypeError as error:
             raise RuntimeError(
-                f"{self.name!r} has no value while an epoch runs on JAX. Read it by `weighting."
-                "loss_weights`; call a compound loss in the model's `compute_loss`, not in its "
-                "`call`, and that in a `train_step` by `self.stateless_compute_loss`; make a "
-                "weighting for each model."
+                f"{self.name!r} has no value while an epoch runs on JAX. Read a weight by "
+                "`float(weighting.loss_weights[name])`; call a compound loss in the model's "
+                "`compute_loss`, not in its `call`, and that in a `train_step` by "
+                "`self.stateless_compute_loss`; make a weighting for each model."
             ) from error
 
 
@@ -96,49 +105,55 @@ class State:
     Attributes:
         factors: what the base weights are multiplied by: float64, shape `(K,)`.
         memory: name to array, whatever the rule keeps.
-        epochs: how many epochs were closed: in `fit`, those that come before the current one.
-        periods: how many windows of batches were closed.
+        periods: how many epochs, or windows of batches, were closed.
         window: of the window that the last epoch left open: the sums of the K losses, each times
-            how much its batch counts, of these counts, and the number of batches. Shape `(K + 2,)`.
+            how much its batches count, these K counts, and the number of batches. Shape
+            `(2K + 1,)`.
     """
 
     factors: Vector
     memory: dict[str, Any]
-    epochs: int
     periods: int
     window: Vector
 
 
-class LossWeights(LossRecord):
-    """The loss weights of all outputs, their rule's state, and the losses recorded.
+class Marks:
+    """What happened to a record: plain, for Keras's tracking of attributes takes its time.
+
+    Attributes:
+        resets: how often Keras has reset what it sums up.
+        added: whether a compound loss was called since, be it in a trace.
+    """
+
+    resets, added = 0, False
+
+
+class LossWeights(keras.metrics.Metric):
+    """The loss weights of all outputs, the state of their rule, and what a compound loss records.
+
+    It is a metric because a model hands the variables of its metrics to every step, where JAX would
+    otherwise freeze them, without counting them among its own weights.
 
     Args:
         base_weights: output name to base weight.
         rules: the names of the rule's class and of those that it derives from, in that order.
-        has_windows: whether the rule moves the weights within epochs.
 
     Attributes:
+        names: the outputs' names, in the order of all arrays of shape `(K,)`.
         base_weights: float64 array of shape `(K,)`.
         vector: the weights, as the step reads them: a variable of shape `(K,)` and dtype `floatx`.
         entries: output name to `LossWeight`.
-        assigned: the values that `vector` was given last: float64, shape `(K,)`.
-        state: factors, memory, epochs and windows.
-        epoch: the weights that the batches of the epoch under way had.
-        file: what was read since the last epoch began: the name of the rule whose state it was, ""
-            if there was none, None if there was no file.
-        looks_static: whether the loss was in every epoch so far the sum under the base weights, and
-            whether it was that under none. Shape `(2,)`.
-        is_distributed: whether the variables were made under a `keras.distribution`.
-        parallel: torch's `DistributedDataParallel` in which the epoch under way trains, if in one.
+        state: factors, memory, closed periods and the open window.
+        record: the `LossRecord`; None until `start_recording`.
+        logged: the outputs whose recorded averages are the model's logs; None where no model was
+            shown yet.
+        before_change: called before the weights or the state change.
+        is_loaded: whether the state was read from a file since the last epoch began.
     """
 
-    parallel: Any = None
-
-    def __init__(
-        self, base_weights: Mapping[str, float], rules: Sequence[str], has_windows: bool = False
-    ) -> None:
-        super().__init__(tuple(base_weights), has_windows)
-        self.rules = tuple(rules)
+    def __init__(self, base_weights: Mapping[str, float], rules: Sequence[str]) -> None:
+        super().__init__(name="loss_weighting")
+        self.names, self.rules = tuple(base_weights), tuple(rules)
         self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
         is_jax = keras.backend.backend() == "jax"
         self.vector = (JaxLossWeightVector if is_jax else LossWeightVector)(
@@ -152,58 +167,86 @@ class LossWeights(LossRecord):
         self.entries = MappingProxyType(
             {name: LossWeight(self.vector, k, name) for k, name in enumerate(self.names)}
         )
-        self.is_distributed = keras.distribution.distribution() is not None
-        self.epoch = EpochWeights(self.base_weights)
+        self.record: LossRecord | None = None
+        self.marks = Marks()
+        self.logged: tuple[str, ...] | None = None
+        self.before_change: Callable[[], None] = _do_nothing
         self.reset()
-        self.epoch = EpochWeights(self.assigned)
 
     def __reduce__(self) -> Any:
         # Keras would pickle a saved metric, which holds only what `get_config` gives.
         stored: dict[str, Any] = {}
         self.save_own_variables(stored)
-        arguments = self.by_name(self.base_weights), self.rules, self._has_windows
-        return _unpickle, (arguments, stored)
+        return _unpickle, (self.by_name(self.base_weights), self.rules, stored)
 
     def by_name(self, values: Vector) -> dict[str, float]:
         """An array of shape `(K,)` as floats by output name."""
         return dict(zip(self.names, values.tolist(), strict=True))
 
-    def values(self) -> Vector:
-        """The weights as the step reads them: float64, shape `(K,)`."""
-        return to_numpy(keras.ops.convert_to_tensor(self.vector)).astype(np.float64)
+    # What a compound loss records.
+
+    def start_recording(self) -> LossRecord:
+        """The record, made where there is none yet."""
+        if self.record is None:
+            self.record = LossRecord(len(self.names))
+            self.record_variable = self.record.variable  # For Keras to track.
+        return self.record
+
+    def recorded(self) -> Vector:
+        """The sums since the last reset: of losses, and of samples. Shape `(K + 1,)`."""
+        return np.zeros(len(self.names) + 1) if self.record is None else self.record.values()[0]
+
+    def clear_record(self) -> None:
+        self.marks.added = False
+        if self.record is not None:
+            self.record.clear()
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: a step of one's own may call it on all metrics."""
+
+    def reset_state(self) -> None:
+        """Forgets what was recorded, and nothing else.
+
+        Keras calls this at the start of each epoch and of each evaluation, when it resets what it
+        sums up itself.
+        """
+        self.marks.resets += 1
+        self.clear_record()
+
+    def result(self) -> dict[str, Any]:
+        """The recorded averages as `<name>_loss`, where they are the model's logs."""
+        logged = (self.names if self.marks.added else ()) if self.logged is None else self.logged
+        if self.record is None or not logged:
+            return {}
+        sums = keras.ops.convert_to_tensor(self.record.variable)[0]
+        averages = sums[:-1] / sums[-1]
+        return {f"{name}_loss": averages[self.names.index(name)] for name in logged}
+
+    # The state.
 
     def reset(self) -> None:
         """Goes back to the base weights and forgets everything."""
-        self.file: str | None = None
-        self.looks_static = np.array([True, True])
+        self.is_loaded = False
         size = len(self.names)
-        state = State(np.ones(size), {}, epochs=0, periods=0, window=np.zeros(size + 2))
-        self.replace(state, forget_record=True)
+        state = State(np.ones(size), {}, periods=0, window=np.zeros(2 * size + 1))
+        self.replace(state, clear_record=True)
 
-    def restore(self) -> None:
-        super().restore()
-        if not np.array_equal(self.values(), self.assigned):
-            self.vector.assign(self.assigned)
-
-    def replace(self, state: State, forget_record: bool = False) -> None:
+    def replace(self, state: State, clear_record: bool = False) -> None:
         """Goes over to `state`: as a whole, even on Ctrl-C."""
+        self.before_change()
         try:
-            self._replace(state, forget_record)
+            self._replace(state, clear_record)
         except KeyboardInterrupt:
-            self._replace(state, forget_record)
+            self._replace(state, clear_record)
             raise
 
-    def _replace(self, state: State, forget_record: bool) -> None:
-        # An array, since TensorFlow keeps every Python number that it has ever converted. Assigned
-        # even where nothing moves: on JAX, Keras 3.10 compiles the step once more when a variable
+    def _replace(self, state: State, clear_record: bool) -> None:
+        # Even where nothing moves: on JAX, Keras 3.10 compiles the step once more when a variable
         # of the model is assigned between epochs for the first time.
-        new = self.vector.assign(self.base_weights * state.factors)
-        self.assigned = to_numpy(new).astype(np.float64)
-        self.epoch.change(self.assigned)
+        self.vector.set(self.base_weights * state.factors)
         self.state = state
-        if forget_record:
-            self.called = False
-            self.forget()
+        if clear_record:
+            self.clear_record()
 
     def save_own_variables(self, store: Any) -> None:
         """Writes the state into a weights file."""
@@ -211,7 +254,7 @@ class LossWeights(LossRecord):
         store["rule"] = _as_array([self.rules[0]])
         store["outputs"] = _as_array(list(self.names))
         store["factors"] = self.state.factors
-        store["epochs"] = np.array([self.state.epochs, self.state.periods])
+        store["periods"] = np.array(self.state.periods)
         store["window"] = self.state.window
         # By number, for a name may be none that a file can have.
         store["memory"] = _as_array(list(memory))
@@ -224,9 +267,7 @@ class LossWeights(LossRecord):
         Another rule's memory is left out: it would be taken for this one's.
         """
         if not store.keys():
-            self.file = ""
             return
-        (self.file,) = _as_names(store["rule"])
         outputs = _as_names(store["outputs"])
         if sorted(outputs) != sorted(self.names):
             raise ValueError(
@@ -238,22 +279,17 @@ class LossWeights(LossRecord):
             name: np.asarray(store[f"memory_{index}"])
             for index, name in enumerate(_as_names(store["memory"]))
         }
-        epochs, periods = np.asarray(store["epochs"]).tolist()
-        *sums, count, batches = np.asarray(store["window"])
+        is_ours = set(_as_names(store["rule"])) <= set(self.rules)
+        window = np.asarray(store["window"])
+        sums_and_counts = window[:-1].reshape(2, -1)[:, order]
         state = State(
             factors=np.asarray(store["factors"])[order],
-            memory=memory if self.file in self.rules else {},
-            epochs=epochs,
-            periods=periods,
-            window=np.array([*(sums[k] for k in order), count, batches]),
+            memory=memory if is_ours else {},
+            periods=int(np.asarray(store["periods"])),
+            window=np.append(sums_and_counts, window[-1]),
         )
-        self.replace(state, forget_record=True)
-
-
-def is_traced(tensor: Any) -> bool:
-    """Whether `tensor` stands for one of a computation that JAX compiles."""
-    is_jax = keras.backend.backend() == "jax"
-    return is_jax and isinstance(tensor, sys.modules["jax"].core.Tracer)
+        self.replace(state, clear_record=True)
+        self.is_loaded = True
 
 
 def as_float(value: Any) -> float | None:
@@ -273,7 +309,13 @@ def _as_names(array: Any) -> list[str]:
     return names
 
 
-def _unpickle(arguments: tuple[Any, ...], stored: dict[str, Any]) -> LossWeights:
-    loss_weights = LossWeights(*arguments)
+def _do_nothing() -> None:
+    pass
+
+
+def _unpickle(
+    base_weights: Mapping[str, float], rules: Sequence[str], stored: dict[str, Any]
+) -> LossWeights:
+    loss_weights = LossWeights(base_weights, rules)
     loss_weights.load_own_variables(stored)
     return loss_weights

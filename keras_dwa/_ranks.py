@@ -7,15 +7,17 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa._epoch_weights import Vector
+from keras_dwa._ledger import Vector
 from keras_dwa._loss_weights import LossWeights
 
 
 def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
-    """The sums over all ranks of what each has recorded. Every rank must call it.
+    """The sums over all ranks of what each has recorded since the last `step`.
+
+    Every rank must call it.
 
     Args:
-        sums: this rank's: float64, shape `(2K + 2,)`, all 0 where nothing was recorded.
+        sums: this rank's: float64, shape `(K + 1,)`, all 0 where nothing was recorded.
         weights: those of the weighting.
 
     Raises:
@@ -33,44 +35,46 @@ def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
     return total
 
 
-def total_in_fit(sums: Vector, weights: LossWeights) -> Vector:
-    """The sums over all ranks of those in an epoch of `fit`, or in a loop with its hooks."""
-    total: Vector = sums if weights.parallel is None else _of_ranks(sums, weights).sum(axis=0)
+def total_in_fit(sums: Vector, weights: LossWeights, parallel: Any) -> Vector:
+    """The sums over the ranks that train one model in `fit`.
+
+    Args:
+        sums: this rank's: float64.
+        weights: those of the weighting.
+        parallel: torch's `DistributedDataParallel` in which the model trains; None for one rank.
+    """
+    if parallel is None:
+        return sums
+    total: Vector = _of_ranks(sums, weights, parallel).sum(axis=0)
     return total
 
 
-def same_in_fit(averages: Vector, weights: LossWeights) -> Vector:
-    """As `same_on_ranks`, at the end of such an epoch."""
-    return averages if weights.parallel is None else same_on_ranks(averages, weights)
-
-
-def same_on_ranks(averages: Vector, weights: LossWeights) -> Vector:
+def same_on_ranks(averages: Vector, weights: LossWeights, parallel: Any = None) -> Vector:
     """The averages of the losses that all ranks have. Every rank must call it.
 
     Args:
         averages: this rank's: float64, shape `(K,)`.
         weights: those of the weighting.
+        parallel: torch's `DistributedDataParallel` in which the model trains, if in one.
 
     Raises:
         RuntimeError: on all ranks, if the averages differ, or they are not at one state.
     """
-    size = len(averages)
     # In the size of the sums, for ranks that call `step` without averages. To those, this rank
     # then has recorded nothing.
-    rows = _of_ranks(np.pad(averages, (0, size + 2)), weights)[:, :size]
+    rows = _of_ranks(np.append(averages, 0.0), weights, parallel)[:, :-1]
     _check_same("averages of the losses", rows, "Give those over all ranks.")
     same: Vector = rows[0]
     return same
 
 
-def _of_ranks(values: Vector, weights: LossWeights) -> NDArray[np.float64]:
+def _of_ranks(values: Vector, weights: LossWeights, parallel: Any = None) -> NDArray[np.float64]:
     """The values of all ranks, in order: shape `(ranks, n)`. Only torch has more than one."""
     torch: Any = sys.modules["torch"] if keras.backend.backend() == "torch" else None
     if not (torch and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values[np.newaxis]
-    group = getattr(weights.parallel, "process_group", None)
-    state = weights.state
-    known = np.array([*state.factors, state.epochs, state.periods])
+    group = getattr(parallel, "process_group", None)
+    known = np.append(weights.state.factors, weights.state.periods)
     shape = torch.distributed.get_world_size(group), len(known) + len(values)
     tensor = torch.zeros(shape, dtype=torch.float64, device=weights.vector.value.device)
     # Each adds a row of its own: the sum is exact, and says which ranks differ.

@@ -1,31 +1,17 @@
-"""Every check of how a weighting and its model were put together, and its message."""
+"""How a weighting and its model are put together, and what is wrong where they are not."""
 
-import math
-import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+from numpy.typing import NDArray
 
-from keras_dwa._compiled import (
-    fixed_part,
-    is_compiled_with,
-    lacks_compound_loss,
-    losses_problems,
-    own_step,
-)
-from keras_dwa._epoch_weights import Vector
+from keras_dwa._compiled import is_compiled_with, lacks_compound_loss, losses_problem, own_step
 from keras_dwa._keras_internals import track
-from keras_dwa._logs import weighted_parts
-from keras_dwa._loss_weights import LossWeights, State
-
-# What to warn of where one weighting serves two models in turn.
-RETURN_MESSAGE = (
-    "comes back to a model after it was with another one, and starts afresh. Make a weighting for "
-    "each model:\n    other_model.compile(..., loss_weights=other_weighting.loss_weights)"
-)
+from keras_dwa._ledger import Vector
+from keras_dwa._loss_weights import LossWeights
 
 
 def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -> None:
@@ -36,9 +22,10 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
         weights: those of the callback.
         in_fit: whether Keras trains it, so that a step of its own must have a compound loss.
     """
-    problems = _distribution(weights)
-    if in_fit or not lacks_compound_loss(model, weights):
-        problems += losses_problems(model, weights)
+    problems, has_record = [], weights.record is not None
+    if in_fit or not lacks_compound_loss(model, has_record):
+        problem = losses_problem(model, weights.entries, has_record)
+        problems += [problem] if problem else []
         # Whether weights that are not attached yet would be hidden, is a guess.
         if (problems or is_tracked(model, weights)) and _hides(model, weights):
             problems.append(_hidden(model))
@@ -51,17 +38,6 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
         problems = [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]
     if problems:
         raise ValueError("\n".join(problems))
-
-
-def _distribution(weights: LossWeights) -> list[str]:
-    """What JAX would refuse in the weights together with a distributed model, if anything."""
-    distribution = keras.distribution.distribution()
-    if keras.backend.backend() != "jax" or distribution is None or weights.is_distributed:
-        return []
-    return [
-        f"The callback was made before the distribution was set. Found {distribution}. Call\n"
-        "    keras.distribution.set_distribution(...)\nand then make the callback."
-    ]
 
 
 def is_tracked(model: keras.Model, weights: LossWeights) -> bool:
@@ -92,19 +68,29 @@ def _metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     return metrics
 
 
+def records(model: keras.Model, weights: LossWeights) -> bool:
+    """Whether the weights enter through a compound loss, rather than through `compile`."""
+    return weights.record is not None and not is_compiled_with(model, weights.entries)
+
+
 def attach(model: keras.Model, weights: LossWeights) -> None:
     """Sets the weights as an attribute of `model`, unless a compound loss that it has did."""
     if not is_tracked(model, weights):
         track(model, weights)
-    if weights.in_logs:
-        # A compound loss is one, too.
-        theirs = [metric for metric in model.metrics if not isinstance(metric, keras.losses.Loss)]
-        metrics = {metric.name for metric in theirs}
-        weights.tracked = frozenset(name for name in weights.names if f"{name}_loss" in metrics)
+    if weights.logged:
         # As `compile` does: a step that TensorFlow traced before does not return our logs.
         model.train_function = model.test_function = None
-    if not lacks_compound_loss(model, weights) and _hides(model, weights):
+    if not lacks_compound_loss(model, weights.record is not None) and _hides(model, weights):
         raise ValueError(_hidden(model))
+
+
+def logged_by_record(model: keras.Model, weights: LossWeights) -> tuple[str, ...]:
+    """The outputs whose recorded losses go into the logs: those that no tracker of `model` logs."""
+    if not records(model, weights):
+        return ()
+    # A compound loss is a metric, too.
+    trackers = {m.name for m in model.metrics if not isinstance(m, keras.losses.Loss)}
+    return tuple(name for name in weights.names if f"{name}_loss" not in trackers)
 
 
 def check_attached(model: keras.Model | None, weights: LossWeights, callback: Any) -> None:
@@ -123,18 +109,9 @@ def check_attached(model: keras.Model | None, weights: LossWeights, callback: An
         )
 
 
-def check_once(params: Any, callback: keras.callbacks.Callback) -> None:
-    """Raises a ValueError if the `fit` that has these `params` has the callback twice."""
-    if params is callback.params is not None:
-        raise ValueError(
-            f"`callbacks` has {callback!r} more than once. Write\n"
-            "    model.fit(..., callbacks=[weighting])"
-        )
-
-
-def check_no_fit(thread: int | None) -> None:
+def check_no_fit(is_running: bool) -> None:
     """Raises a RuntimeError if a `fit` is under way, or was broken off."""
-    if thread is not None:
+    if is_running:
         raise RuntimeError(
             "`step` closes an epoch, which `fit` does itself. Read the weights by\n"
             "    weighting.loss_weights\n"
@@ -143,38 +120,42 @@ def check_no_fit(thread: int | None) -> None:
         )
 
 
-def check_one_fit(thread: int | None, callback: Any) -> None:
-    """Raises a RuntimeError unless `thread`, that of the `fit` that began last, is this one."""
-    if thread != threading.get_ident():
-        raise RuntimeError(
-            f"{callback!r} was used by another `fit` at the same time, or in another thread; or "
-            "`on_train_begin` was not called. Make one for each model, and in a loop of your own "
-            "call\n    weighting.step({name: average, ...})"
+def check_metrics(model: keras.Model, names: Sequence[str]) -> None:
+    """Raises a ValueError if the logs of an output's loss would be those of another metric."""
+    keys = Counter(metric.name for metric in model.metrics)
+    # One is Keras's own.
+    if taken := [key for name in names if keys[key := f"{name}_loss"] > 1]:
+        raise ValueError(
+            f"`model` has other metrics named {taken}, which would replace the outputs' losses in "
+            f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')"
         )
 
 
-def check_first_batches(model: keras.Model, weights: LossWeights) -> None:
-    """Raises a ValueError if the steps that were run did not use the weights once for each loss."""
-    # Again, for a callback may have compiled the model since.
-    check_model(model, weights)
-    is_compiled, recorded = is_compiled_with(model, weights), weights.recorded()
-    if is_compiled:
-        _check_metrics(model, weights)
-    if weights.was_reset:
-        return  # By an evaluation after the steps, of which nothing is recorded any more.
-    if is_compiled and recorded is not None:
+def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
+    """Raises a ValueError if a compound loss was called in a step in which it has no effect.
+
+    Args:
+        by_record: whether the model was compiled without the weights.
+        is_called: whether a compound loss was called in the steps so far, be it in a trace.
+        is_recorded: whether it recorded anything.
+    """
+    if is_recorded and not by_record:
         raise ValueError(
             "The compound loss was called in training, and the model compiled with its weights as "
             "well. Use one way; validate by `stateless_call`. (`compile` without a loss keeps the "
             "former: make the model anew.)"
         )
-    if not is_compiled and recorded is None and weights.called:
+    if by_record and is_called and not is_recorded:
         raise ValueError(
             "What the compound loss recorded is lost. Return from `train_step` the "
             "`metrics_variables` that `self.stateless_compute_loss` gives; see "
             "docs/own_steps.md."
         )
-    if not is_compiled and recorded is None:
+
+
+def check_use(model: keras.Model, is_first: bool) -> None:
+    """Raises a ValueError if a model has not called its compound loss in its first epoch."""
+    if is_first:
         raise ValueError(
             "`model` was neither compiled with the loss weights, nor called the compound loss. "
             f"Call it in `{own_step(model)}`, or write\n"
@@ -182,141 +163,37 @@ def check_first_batches(model: keras.Model, weights: LossWeights) -> None:
         )
 
 
-def _check_metrics(model: keras.Model, weights: LossWeights) -> None:
-    """Raises a ValueError if the logs of an output's loss would be those of another metric."""
-    keys = Counter(metric.name for metric in model.metrics)
-    # One is Keras's own.
-    if taken := [key for name in weights.names if keys[key := f"{name}_loss"] > 1]:
-        raise ValueError(
-            f"`model` has other metrics named {taken}, which would replace the outputs' losses in "
-            f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')"
-        )
+def static_sums(
+    suspects: NDArray[np.bool_],
+    total: float,
+    parts: Vector,
+    base: float,
+    plain: float,
+    weights: Mapping[str, float],
+) -> NDArray[np.bool_]:
+    """Which sums under weights that do not move the total loss was in every epoch so far.
 
-
-def check_effect(
-    model: keras.Model, weights: LossWeights, logs: Mapping[str, float], losses: Vector
-) -> None:
-    """Raises a ValueError if the loss is, as in every epoch so far, a sum under other weights.
+    Raises a ValueError if such weights clearly differ from those of the epoch: those do not reach
+    the loss.
 
     Args:
-        model: the model that is trained.
-        weights: those of the weighting.
-        logs: those of the epoch.
-        losses: its unweighted losses.
+        suspects: which they were until now: the sum under the base weights, and that under none.
+        total: the total loss of an epoch.
+        parts: what each loss adds to it under the weights of the epoch. Shape `(K,)`.
+        base: the sum under the base weights.
+        plain: the sum under none.
+        weights: the weights of the epoch by output name, for the message.
     """
-    epoch = weights.epoch
-    total = logs.get("loss", math.nan) - fixed_part(model, logs, weights)
-    weighted = float(weighted_parts(epoch, losses).sum())
-    static = np.array([weights.base_weights @ losses, losses.sum()])
-    is_known = epoch.is_constant or epoch.is_summed
-    if not is_known or not np.isfinite([total, weighted, *static]).all():
-        return
-    weights.looks_static &= abs(total - static) <= 1e-5 * abs(static)
-    ignored = weights.looks_static & (abs(weighted - static) > 1e-3 * abs(static))
+    weighted, static = float(parts.sum()), np.array([base, plain])
+    if not np.isfinite([total, weighted, base, plain]).all():
+        return suspects
+    suspects = suspects & (abs(total - static) <= 1e-5 * abs(static))
+    ignored = suspects & (abs(weighted - static) > 1e-3 * abs(static))
     if ignored.any():
         raise ValueError(
             f"The weights do not reach the loss: it was {total}, the sum under "
-            f"{'the base weights' if ignored[0] else 'no weights'}, with the weights "
-            f"{weights.by_name(weights.epoch.mean())}. Return `super().compute_loss(...)` or a "
-            "CompoundLoss from `compute_loss`; train on that in `train_step`."
+            f"{'the base weights' if ignored[0] else 'no weights'}, with the weights {weights}. "
+            "Return `super().compute_loss(...)` or a CompoundLoss from `compute_loss`; train on "
+            "that in `train_step`."
         )
-
-
-def put_back(weights: LossWeights) -> list[str]:
-    """Undoes what else was assigned to the weights; returns what there is to warn of."""
-    found = weights.values()
-    if np.array_equal(found, weights.assigned):
-        return []
-    weights.vector.assign(weights.assigned)
-    return [
-        f"found loss weights assigned by hand, {weights.by_name(found)}, and goes on with its own, "
-        f"{weights.by_name(weights.assigned)}. Write `weighting.assign({{name: factor}})`; under "
-        "`jax.jit`, read `weighting.variables` anew after each `step`."
-    ]
-
-
-def start_messages(weights: LossWeights, is_new: bool, epoch: int) -> list[str]:
-    """What there is to warn of where a `fit` begins: a file of another rule, unknown epochs before.
-
-    Args:
-        weights: those of the weighting.
-        is_new: whether the weighting started afresh with this model.
-        epoch: the epoch that begins, from 0.
-    """
-    messages, known = [], weights.state.epochs
-    if weights.file and weights.file not in weights.rules:
-        messages.append(
-            f"goes on with the factors that a {weights.file} left in the file, without its `state`."
-        )
-    if weights.file and epoch > known:
-        messages.append(
-            f"goes on with epoch {epoch + 1}, but the file that was read knows of only "
-            f"{known} before it. List the callback that writes it last:\n"
-            "    callbacks=[weighting, keras.callbacks.BackupAndRestore(...)]"
-        )
-    elif is_new and epoch > known:
-        if weights.file is None:
-            hint = "To go on, call `weighting.set_model(model)` before `model.load_weights(...)`."
-        else:
-            hint = "The file that was read has no state that this release knows."
-        messages.append(
-            f"begins with epoch {epoch + 1}, but starts afresh. {hint} To start here, call "
-            "`weighting.set_model(model)` and `weighting.reset()` before `fit`."
-        )
-    return messages
-
-
-def no_batch_message(epoch: int) -> str:
-    """What to warn of where an epoch, counted from 0, had no batch."""
-    return (
-        f"holds the loss weights: epoch {epoch + 1} had no batch. (In a loop of your own, call "
-        "`on_train_batch_end` for each, or `weighting.step({name: average, ...})`.)"
-    )
-
-
-def window_messages(state: State, update_freq: Any) -> list[str]:
-    """What there is to warn of where a `fit` ends.
-
-    Args:
-        state: that of the weights.
-        update_freq: how many batches a window has, or "epoch".
-    """
-    if update_freq == "epoch" or state.periods > 0 or state.window[-1] == 0:
-        return []
-    return [
-        f"moved no weight: `update_freq={update_freq}` batches are more than the "
-        f"{int(state.window[-1])} that were trained so far. Choose a smaller one, or 'epoch'."
-    ]
-
-
-def poisoned(total: float, losses: Vector, had: Vector, names: Sequence[str]) -> list[str]:
-    """What there is to warn of where a loss of weight 0 makes the total NaN."""
-    found = [
-        name for name, bad in zip(names, (had == 0) & ~np.isfinite(losses), strict=True) if bad
-    ]
-    if not found or math.isfinite(total):
-        return []
-    return [
-        f"found the loss of {found} not finite while its weight was 0. Keras multiplies them, and "
-        "0 * nan is nan. Make finite what goes into the loss:\n"
-        "    keras.ops.nan_to_num(y_true, posinf=0.0, neginf=0.0)"
-    ]
-
-
-def history_messages(model: keras.Model, params: Any, epoch: int) -> list[str]:
-    """What there is to warn of where `History` took the first epoch of a `fit` before the weights.
-
-    Args:
-        model: the model that is trained.
-        params: what the `fit` gave to its callbacks.
-        epoch: the epoch that ends, from 0.
-    """
-    history = getattr(model, "history", None)
-    if not isinstance(history, keras.callbacks.History) or history.params is not params:
-        return []
-    if history.epoch != [epoch]:
-        return []
-    return [
-        "comes after `History` in the list of callbacks, which lacks what it logs. Write\n"
-        "    model.fit(..., callbacks=[weighting, history])"
-    ]
+    return suspects

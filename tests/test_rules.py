@@ -138,7 +138,7 @@ def test_nonsense_is_an_error_that_names_the_rule_and_leaves_all_as_it_was(retur
     assert rule.factors == {"easy": 0.5, "hard": 1.0}
     assert {name: float(weight) for name, weight in rule.loss_weights.items()} == rule.factors
     assert rule.state["total"] == 2.0
-    assert rule._weights.recorded()[0, :-1].tolist() == [8.0, 1.0]
+    assert rule._weights.recorded().tolist() == [8.0, 1.0, 1.0]
 
 
 @one_backend
@@ -203,14 +203,6 @@ def test_state_and_factors_are_restored_bit_for_bit(tmp_path, way):
 
 
 @one_backend
-def test_pickle_of_release_0_1_0_says_what_to_do():
-    with pytest.raises(RuntimeError, match=r"by keras_dwa 0\.1\.0.*\n.*DynamicWeightAverage\(out"):
-        pickle.loads(b"ckeras_dwa.callback\nDynamicWeightAverage\n.")
-    with pytest.raises(AttributeError, match="Other"):
-        pickle.loads(b"ckeras_dwa.callback\nOther\n.")
-
-
-@one_backend
 def test_rule_goes_on_with_another_ones_factors_but_not_its_state(tmp_path):
     model, dwa = dict_model(), DynamicWeightAverage(NAMES)
     train(model, Count(NAMES), epochs=2)
@@ -219,9 +211,7 @@ def test_rule_goes_on_with_another_ones_factors_but_not_its_state(tmp_path):
     dwa.set_model(model)
     model.load_weights(tmp_path / "file.weights.h5")
     assert dwa.state == {}
-    both = r"that a Count left in the file, without its `state`\.\nDynamicWeightAverage goes on"
-    with pytest.warns(UserWarning, match=both):
-        history = model.fit(X, Y, initial_epoch=5, epochs=7, verbose=0, callbacks=[dwa]).history
+    history = model.fit(X, Y, initial_epoch=2, epochs=4, verbose=0, callbacks=[dwa]).history
     assert history["easy_weight"] == [0.5, 0.5]
     assert sum(dwa.factors.values()) == pytest.approx(2)
 

@@ -148,43 +148,6 @@ def test_file_that_is_read_forgets_what_was_recorded_since(dwa, tmp_path):
     assert dwa.step() == moved
 
 
-def begin(dwa, epoch, warning=None):
-    """As a `fit` begins."""
-    dwa.on_train_begin()
-    with pytest.warns(UserWarning, match=warning) if warning else contextlib.nullcontext():
-        dwa.on_epoch_begin(epoch)
-    assert dwa._weights.state.epochs == epoch
-
-
-@one_backend
-def test_fit_that_begins_with_epochs_that_no_file_told_of_is_warned_of_once(dwa, tmp_path):
-    model, file = compiled_model(dwa), tmp_path / "state.weights.h5"
-    # As one that an earlier release wrote.
-    model.save_weights(file)
-    dwa.set_model(model)
-    model.load_weights(file)
-    begin(dwa, 3, "epoch 4, but starts afresh. The file that was read has no state that this rel")
-    begin(dwa, 7)
-    # Where the file knows of fewer epochs, in a later fit, too.
-    dwa.reset()
-    moved_weights(dwa)
-    model.save_weights(file)
-    model.load_weights(file)
-    begin(dwa, 3, "epoch 4, but .* only 2 ")
-    begin(dwa, 7)
-    # Read before the callback knows its model.
-    dwa = new_dwa()
-    model = compiled_model(dwa)
-    model.load_weights(file)
-    dwa.set_model(model)
-    before = r"`weighting\.set_model\(model\)` before `model\.load_weights"
-    begin(dwa, 3, rf"epoch 4, but .* afresh.* {before}")
-    # Left out on purpose, for the callback comes in later.
-    dwa.set_model(compiled_model(dwa))
-    dwa.reset()
-    begin(dwa, 3)
-
-
 @one_backend
 @pytest.mark.parametrize("order", [1, -1])
 def test_file_that_is_read_as_an_epoch_ends_counts_from_the_next_one(dwa, tmp_path, order):

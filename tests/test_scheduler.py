@@ -70,7 +70,7 @@ def test_loop_has_the_factors_of_epoch_0_from_the_start_and_step_goes_on():
     compound, optimizer = CompoundLoss(LOSSES, scheduler), keras.optimizers.SGD(0.05)
     weights = train_loop(dict_model(), optimizer, compound, scheduler, X, Y, 3, 20)
     np.testing.assert_array_equal(weights, [[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
-    assert scheduler._weights.state.epochs == 3
+    assert scheduler._weights.state.periods == 3
 
 
 @one_backend

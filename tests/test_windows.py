@@ -354,17 +354,6 @@ def test_latest_windows_are_kept():
     assert weighting.windows == []
 
 
-def test_record_of_a_compound_loss_is_exact_however_long_the_epoch():
-    weighting = LossWeighting(NAMES, update_freq=10)
-    compound, weights = CompoundLoss(NAMES, weighting), weighting._weights
-    # As after so many batches that a sum in float32 does not know their losses' digits.
-    compound.combine({"easy": 1.0, "hard": 1.0}, samples=2.0**24)
-    weights.fold()
-    before = weights.sums()
-    compound.combine({"easy": 0.3, "hard": 0.7})
-    np.testing.assert_allclose((weights.sums() - before)[:3], [0.3, 0.7, 1.0], rtol=1e-6)
-
-
 @pytest.mark.skipif(BACKEND != "jax", reason="counts JAX's synchronizations")
 def test_nothing_waits_for_the_device_between_the_ends_of_windows(way):
     def waits(weighting):

@@ -158,21 +158,9 @@ def begun_in_a_thread(dwa):
     return [dwa, Lambda(on_epoch_end=begin)]
 
 
-def distribution_set_later():
-    distribution = keras.distribution.DataParallel(devices=keras.distribution.list_devices("cpu"))
-    dwa = new()
-    with distribution.scope():
-        fit(compiled(dict_model(), dwa.loss_weights), dwa)
-
-
 CALL = "model.compile(..., loss={'easy': ..., 'hard': ...}, loss_weights=weighting.loss_weights)"
 REORDERED = CALL.replace("'easy': ..., 'hard': ...", "'hard': ..., 'easy': ...")
-OURS = "'easy': weighting.loss_weights['easy'], 'hard': weighting.loss_weights['hard']"
 OUTPUTS = f"    outputs=['easy', 'hard']\nand write\n    {CALL}"
-BY_PATH = (
-    "loss_weights={'a': {'easy': weighting.loss_weights['a/easy']}, "
-    "'a-b': weighting.loss_weights['a-b']}"
-)
 COMPOUND = "loss=compound.losses, loss_weights=compound.loss_weights)"
 USED = "['easy', 'hard'], temperature=0.2, weights={'easy': 1.0, 'hard': 1.0}) was used by another"
 BY_CALL = {"base": ComputeLoss, "loss": None, "weights": none}
@@ -199,8 +187,6 @@ MISWIRINGS = {
         row("no_loss", "compiled without a loss", CALL, loss=None),
         row("two_callbacks", "this callback's loss weights", CALL,
             callbacks=lambda dwa: [dwa, new()]),
-        row("same_callback_twice", "more than once", "callbacks=[weighting])",
-            callbacks=lambda dwa: [dwa, dwa]),
         row("compiled_again_by_another_callback", "{'easy': 10.0,", CALL,
             callbacks=lambda dwa: [dwa, Recompile()]),
         row("no_model", "was given no model", "([weighting], model=model, ...)", run=no_model),
@@ -208,7 +194,7 @@ MISWIRINGS = {
         row("list_of_losses", "`loss` as a list", REORDERED, arrange=as_list, loss=["mae", "mse"]),
         row("list_of_losses_of_a_dict", "`loss` as a list", CALL, loss=["mae", "mse"],
             weights=in_a_list),
-        row("swapped_list", "loss_weights=[weighting.loss_weights['hard'], weighting.loss_weights",
+        row("swapped_list", "each loss its own weight", "<LossWeight easy_weight>, <LossW",
             arrange=as_list, loss=["mae", "mse"], weights=in_a_list),
         row("weight_of_another_callback_beside", "the outputs ['easy']", "{**weighting.loss_w",
             names=["easy"], weights=lambda ours: {**ours, "hard": new().loss_weights["hard"]}),
@@ -217,12 +203,12 @@ MISWIRINGS = {
         row("lists_in_a_dict", "['mse']", "loss={'depth': 'mae',",
             loss={"easy": ["mse"], "hard": ["mae"]}),
         # Keras pairs it with the outputs in the model's order, not in that of the loss dict.
-        row("list_of_weights", "the structure of `loss`", f"loss_weights={{{OURS}, 'features': No",
+        row("list_of_weights", "the structure of `loss={'easy': 'mse',", "Found `loss_weights=[<Loss",
             arrange=with_features, loss={**LOSSES, "features": None},
             weights=lambda ours: [ours["easy"], None, ours["hard"]]),
-        row("swapped_weights", "each loss its own weight", f"loss_weights={{{OURS}}}",
+        row("swapped_weights", "each loss its own weight", "'easy': <LossWeight hard_weight>",
             weights=lambda ours: {"easy": ours["hard"], "hard": ours["easy"]}),
-        row("flat_weights", "the structure of `loss`", BY_PATH,
+        row("flat_weights", "the structure of `loss={'a': {", "'a/easy': <LossWeight",
             names=["a/easy", "a-b"], arrange=nested, loss=nested(LOSSES)),
         row("another_name", "['easy', 'heavy']", OUTPUTS, "weighting.loss_weights, 'hard': 0.5}",
             names=["easy", "heavy"]),
@@ -240,7 +226,6 @@ MISWIRINGS = {
             run=lambda: fit(compiled(dict_model(), None, CompoundLoss(LOSSES, new())))),
         row("two_compound_losses", "two weightings", "DynamicWeightAverage(['easy'], t", "['hard']",
             run=two_weightings),
-        row("distribution_set_later", "DataParallel", "set_distri", run=distribution_set_later),
     ],
     A_FEW_BATCHES: [
         row("metric_like_a_loss", "['easy_loss']", "name='my_easy_loss'", trackers=["easy_loss"]),
@@ -248,19 +233,17 @@ MISWIRINGS = {
             trackers=["base_loss", "val_base_loss"]),
         row("own_compute_loss", "has ['loss']", "self.compute_metrics(", "super().compute_loss(",
             "a CompoundLoss and `compile` without", own={"compute_loss": unweighted}, on=ALL),
-        row("uncalled_compound_loss", "nor called", "in `compute_loss`", COMPOUND,
-            own={"compute_loss": unweighted}, on=ALL, **BY_CALL),
         row("compound_loss_and_weights", "as well", "Use one way",
             base=ComputeLoss, own={"compute_loss": twice}, on=ALL),
         row("fit_within_an_epoch", "'loss_weights' has no", run=two_models_at_once),
     ],
     ONE_EPOCH: [
+        row("uncalled_compound_loss", "nor called", "in `compute_loss`", COMPOUND,
+            own={"compute_loss": unweighted}, on=ALL, **BY_CALL),
         row("ignored_base_weights", "under no weights", names={"easy": 2.0, "hard": 1.0}, on=ALL,
             **IGNORES),
         row("ignored_weights_beside_a_number", "base weights", names=["easy"], callbacks=half,
             weights=lambda ours: {**ours, "hard": 1.0}, **IGNORES),
-        row("history_first", "`History`", "callbacks=[weighting, history]",
-            callbacks=lambda dwa: [keras.callbacks.History(), dwa]),
         row("fit_within_an_epoch", USED, run=two_models_at_once, on=["tensorflow", "torch"]),
         row("fit_in_a_thread", USED, "thread", "step({", callbacks=begun_in_a_thread),
     ],

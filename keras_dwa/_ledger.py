@@ -1,0 +1,86 @@
+"""What the batches of an epoch had: their weights, and the sums of their losses. NumPy alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Batches of an epoch, one after the other, that had the same weights.
+
+    Attributes:
+        weights: the weights: float64, shape `(K,)`.
+        end: how many batches of the epoch there were up to the last of them.
+        sums: the sums of the K losses, each times how much its batches count; these counts, one for
+            each loss, since outputs may differ in their first axis; and the count of the total
+            loss. NaN where they are not known. Shape `(2K + 1,)`.
+    """
+
+    weights: Vector
+    end: int
+    sums: Vector
+
+
+Ledger = Sequence[Segment]
+
+
+def averages(sums: Vector) -> Vector:
+    """The K averages that such sums come to: NaN where nothing was counted."""
+    losses, counts = np.split(sums[: len(sums) // 2 * 2], 2)
+    return np.asarray(losses / np.where(counts > 0, counts, np.nan))
+
+
+def repeat_count(sums: Vector) -> Vector:
+    """Sums of K losses, then their one count, as a `Segment.sums`."""
+    return np.append(sums[:-1], np.full(len(sums), sums[-1]))
+
+
+def total(ledger: Ledger) -> Vector:
+    """The sums over all segments."""
+    sums: Vector = np.sum([segment.sums for segment in ledger], axis=0)
+    return sums
+
+
+def is_known(ledger: Ledger) -> bool:
+    """Whether the sums of all segments are known, and something was counted."""
+    return bool(total(ledger)[-1] > 0)
+
+
+def is_constant(ledger: Ledger) -> bool:
+    """Whether all batches had the same weights."""
+    return all(np.array_equal(segment.weights, ledger[0].weights) for segment in ledger)
+
+
+def mean_weights(ledger: Ledger) -> Vector:
+    """The mean of the weights: each batch counts as in the total loss, or as 1 if that is unknown.
+
+    Shape `(K,)`.
+    """
+    if is_constant(ledger):
+        return ledger[0].weights
+    batches = np.diff([segment.end for segment in ledger], prepend=0)
+    counts = [segment.sums[-1] for segment in ledger] if is_known(ledger) else batches
+    return np.average([segment.weights for segment in ledger], axis=0, weights=counts)
+
+
+def loss_parts(ledger: Ledger, losses: Vector, weights: Vector | None = None) -> Vector:
+    """What each loss adds to the average of the total loss. Shape `(K,)`.
+
+    Args:
+        ledger: the segments of the epoch.
+        losses: the averages of the K losses over the epoch.
+        weights: the weights that the losses are taken under; by default, those they had.
+    """
+    if is_constant(ledger) or not is_known(ledger):
+        return losses * (mean_weights(ledger) if weights is None else weights)
+    counted = [segment for segment in ledger if segment.sums[-1] > 0]
+    parts = [
+        averages(segment.sums) * (segment.weights if weights is None else weights)
+        for segment in counted
+    ]
+    return np.average(parts, axis=0, weights=[segment.sums[-1] for segment in counted])

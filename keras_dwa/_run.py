@@ -1,0 +1,109 @@
+"""What one run of `fit` must remember: made as it begins, dropped as it ends."""
+
+import math
+import threading
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_dwa._ledger import Segment, Vector
+from keras_dwa._sums import NewSums
+
+
+class Run:
+    """One run of `fit`, or of a loop that calls a callback's hooks.
+
+    Args:
+        model: the model that is trained.
+        params: what `fit` gave to its callbacks.
+        sums: what is new in the sums of its losses.
+        by_record: whether a compound loss records them.
+        parallel: torch's `DistributedDataParallel` in which the model trains, if in one.
+        is_first: whether no batch was trained before it.
+
+    Attributes:
+        thread: the thread of the run.
+        next: the batch before which there is something to do.
+        is_checked: whether it was checked what the first batches used.
+        has_logs: whether the logs of a batch were checked.
+        begun: the batch that began last; 0 before the first of an epoch.
+        ledger: the segments of the epoch so far.
+        validation: the weights and the recorded sums of the epoch's validation, if it had one.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        params: Any,
+        sums: NewSums,
+        by_record: bool,
+        parallel: Any,
+        is_first: bool,
+    ) -> None:
+        self.thread = threading.get_ident()
+        self.sums, self.by_record, self.parallel = sums, by_record, parallel
+        self.is_first = is_first
+        self._steps_per_execution = model.steps_per_execution
+        # Now, for `evaluate(callbacks=...)` gives others.
+        self._steps = (params or {}).get("steps") or math.inf
+        self.is_checked = self.has_logs = False
+        self.begin_epoch()
+
+    def begin_epoch(self) -> None:
+        self.next: float = 0
+        self.begun = 0
+        self._ended = -1
+        self.ledger: list[Segment] = []
+        # What of the epoch was read, in batches; where the open window begins in the ledger.
+        self._read = self._window = 0
+        self.validation: tuple[Vector, Vector | None] | None = None
+
+    def end_batch(self, batch: int) -> None:
+        """A batch had data, unless it is one of an earlier `fit`: Keras may have another thread
+        tell, late.
+        """
+        if self.begun <= batch < self.begun + self._steps_per_execution:
+            self._ended = batch
+
+    @property
+    def batches(self) -> int:
+        """How many batches of the epoch are done, where Keras waits for their ends."""
+        if self._ended < self.begun:
+            return self.begun
+        # Keras 3.10 gives the end of a call of several steps the number of its first; in 3.15, one
+        # that is not full has those, too, that it lacks.
+        return int(min(self.begun + self._steps_per_execution, self._steps))
+
+    @property
+    def in_ledger(self) -> int:
+        """How many batches of the epoch are in the ledger."""
+        return self.ledger[-1].end if self.ledger else 0
+
+    def add_segment(self, weights: Vector, end: int | None = None) -> None:
+        """Adds the batches that are not in the ledger yet.
+
+        Args:
+            weights: the weights that they had.
+            end: how many batches of the epoch there are up to the last of them. None where Keras
+                waits for no ends, so that it may be one less: they count with the next segment.
+        """
+        new = self.sums.take(weights)
+        begun = self.begun + self._steps_per_execution if end is None else end
+        if begun <= self._read and not np.isfinite(new[-1]):
+            new = np.zeros_like(new)  # A reset had nothing to lose.
+        self._read = begun
+        self.ledger.append(Segment(weights, self.in_ledger if end is None else end, new))
+
+    def begin_window(self) -> None:
+        self._window = len(self.ledger)
+
+    def in_window(self, batches: int) -> int:
+        """How many of the first `batches` of the epoch are in the open window."""
+        return batches - (self.ledger[self._window - 1].end if self._window else 0)
+
+    def window(self, before: Vector) -> Vector:
+        """`State.window` with the batches in the ledger added to those of earlier epochs."""
+        sums = [segment.sums[:-1] for segment in self.ledger[self._window :]]
+        known = sum((new for new in sums if np.isfinite(new[-1])), before[:-1])
+        return np.append(known, before[-1] + self.in_window(self.in_ledger))

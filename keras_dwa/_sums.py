@@ -1,0 +1,104 @@
+"""What Keras, or a compound loss, has summed up of the losses since it was last asked."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import keras
+import numpy as np
+
+from keras_dwa._backends import backend
+from keras_dwa._ledger import Vector, repeat_count
+from keras_dwa._loss_record import LossRecord
+from keras_dwa._loss_weights import Marks
+
+
+class Source(Protocol):
+    def begin(self) -> None:
+        """An epoch begins."""
+
+    def new(self, weights: Vector) -> Vector:
+        """The `Segment.sums` of the batches since the last call, under these weights."""
+
+
+class NewSums:
+    """The sums of the batches since they were last taken, of all ranks that train one model.
+
+    Args:
+        source: where they come from.
+        marks: those of the metric that Keras resets when it resets the sums.
+        over_ranks: a function that adds up the arrays of all ranks.
+    """
+
+    def __init__(
+        self, source: Source, marks: Marks, over_ranks: Callable[[Vector], Vector]
+    ) -> None:
+        self._source, self._marks, self._over_ranks = source, marks, over_ranks
+
+    def begin(self) -> None:
+        """An epoch begins, for which Keras has reset the sums."""
+        self._source.begin()
+        self._resets = self._marks.resets
+
+    @property
+    def is_reset(self) -> bool:
+        """Whether the sums were reset since they were last taken, which lost what was new."""
+        return self._resets != self._marks.resets
+
+    def take(self, weights: Vector) -> Vector:
+        """What is new: a `Segment.sums` of batches with these weights, NaN if it is not known."""
+        new = self._source.new(weights)
+        if self.is_reset:
+            new = np.full_like(new, np.nan)
+            self._resets = self._marks.resets
+        return self._over_ranks(new)
+
+
+class TrackerSums:
+    """What Keras takes the averages in its logs from: the metrics that it tracks the losses by."""
+
+    def __init__(self, model: keras.Model, names: tuple[str, ...]) -> None:
+        self._model, self._names = model, names
+        self.begin()
+
+    def begin(self) -> None:
+        self._taken = np.zeros(2 * len(self._names) + 1)
+
+    def new(self, weights: Vector) -> Vector:
+        trackers = {m.name: m for m in self._model.metrics if isinstance(m, keras.metrics.Mean)}
+        keys = [f"{name}_loss" for name in self._names]
+        # Keras logs the loss of a single output as `loss` alone, weighted.
+        is_weighted = len(keys) == 1 and keys[0] not in trackers
+        keys = ["loss"] if is_weighted else keys
+        if not trackers.keys() >= {"loss", *keys}:
+            return np.full_like(self._taken, np.nan)
+        variables = [trackers[key].total for key in keys] + [trackers[key].count for key in keys]
+        sums = backend.to_host([*variables, trackers["loss"].count])
+        with np.errstate(invalid="ignore"):
+            new = sums - self._taken
+        self._taken = sums
+        if is_weighted:
+            new[0] /= weights[0] or np.nan  # What it was at weight 0, nothing tells.
+        # A step of the user's own may leave `loss` alone.
+        new[-1] = new[-1] or new[len(keys)]
+        return new
+
+
+class RecordSums:
+    """What a compound loss recorded: each use of it is a batch."""
+
+    def __init__(self, record: LossRecord) -> None:
+        self._record = record
+
+    def begin(self) -> None:
+        # Keras does not, where the model's `metrics` hides the record.
+        self._record.clear()
+        self._counted = self._drained = 0.0
+
+    def new(self, weights: Vector) -> Vector:
+        (*_, counted), new = self._record.values()
+        # Keras on JAX puts back what was drained as a batch began, if the data then had none.
+        if new[-1] - (counted - self._counted) > 0.5 * self._drained:
+            new = np.zeros_like(new)
+        self._record.drain()
+        self._counted, self._drained = counted, float(new[-1])
+        return repeat_count(new)
