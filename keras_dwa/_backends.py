@@ -81,6 +81,16 @@ class JaxBackend(Backend):
         return np.array(values, dtype=np.float64)
 
 
+class TensorFlowBackend(Backend):
+    """TensorFlow, where `keras.ops.stack` refuses variables of replicas."""
+
+    def to_host(self, variables: Sequence[Any]) -> NDArray[np.float64]:
+        tensorflow = sys.modules["tensorflow"]
+        tensors = [tensorflow.convert_to_tensor(variable.value) for variable in variables]
+        values: NDArray[Any] = tensorflow.stack(tensors).numpy()
+        return values.astype(np.float64)
+
+
 class TorchBackend(Backend):
     """torch, where a step runs eagerly and `keras.ops` take a multiple of torch's functions."""
 
@@ -127,5 +137,5 @@ def widest_float(*dtypes: Any) -> str:
     return "float64" if "float64" in names else keras.backend.result_type(*names)
 
 
-backends = {"jax": JaxBackend, "torch": TorchBackend}
+backends = {"jax": JaxBackend, "tensorflow": TensorFlowBackend, "torch": TorchBackend}
 backend = backends.get(keras.backend.backend(), Backend)()

@@ -61,8 +61,8 @@ class CompoundLoss(WeightedLoss):
     `compute_loss`, or in a `train_step` of your own (on JAX, by way of `compute_loss`), and pass
     `weighting` as a callback. The losses appear in the logs as `<name>_loss`.
 
-    Make it an attribute of the model, which then saves the weights and the state of their rule.
-    Use it once in a step: each use counts as a batch of its own.
+    Make it an attribute of the model, which then saves the weights and the state of their rule. A
+    step may use it any number of times: each use counts as a batch of its own.
 
     On JAX, use `stateless_call` and `stateless_combine` in functions that you give to `jax.jit`:
     variables do not keep what is assigned there. (`fit` takes care of this itself.)

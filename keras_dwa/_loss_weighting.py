@@ -94,7 +94,7 @@ class LossWeighting(keras.callbacks.Callback):
 
     - `<name>_weight`: the weight that the epoch's losses had, so that `loss` is the sum of
       `<name>_weight * <name>_loss`, plus regularization. If it changed within the epoch, its mean
-      over the batches, each counted as in its losses;
+      over the batches, each counted as in `loss`;
     - `base_loss` and `val_base_loss`: the total loss under the base weights alone. Unlike
       `val_loss` it does not move with the weights: it is the one to monitor. (On TensorFlow, Keras
       averages the total over samples, but its parts over batches, so that it moves a little if the
@@ -121,9 +121,9 @@ class LossWeighting(keras.callbacks.Callback):
     Raises:
         ValueError: if a name, a base weight or `update_freq` is not as described; from `fit`,
             before the first step if the model was not compiled with these weights, after the first
-            two if its logs lack `<name>_loss` or have other values than its compound loss got, and
-            at the end of the first epoch whose weights clearly differ from the base weights if the
-            loss is still the sum under those, or under none.
+            two if its logs lack `<name>_loss`, and at the end of the first epoch whose weights
+            clearly differ from the base weights if the loss is still the sum under those, or under
+            none.
         RuntimeError: from `fit`, if the callback is in another one at the same time, or was shown
             no model.
 
@@ -287,7 +287,8 @@ class LossWeighting(keras.callbacks.Callback):
         # Before validation records, too.
         self._check_first_batches()
         if self._needs_sums():
-            run.add_segment(self._weights.vector.current)
+            self._add_segment(run)
+            run.sums.begin()  # As Keras does, unless the model's `metrics` hides the record.
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
         run, weights = self._run, self._weights
@@ -306,9 +307,10 @@ class LossWeighting(keras.callbacks.Callback):
         if not self._has_losses(run):
             if run.parallel is not None:
                 same_on_ranks(np.full(len(names), np.nan), weights, run.parallel)
+            what = "use of its compound loss" if run.batches else "batch"
             self._messages.append(
-                f"holds the loss weights: epoch {epoch + 1} had no batch. (In a loop of your own, "
-                "call `on_train_batch_end` for each, or `weighting.step({name: average, ...})`.)"
+                f"holds the loss weights: epoch {epoch + 1} had no {what}. (In a loop of your own, "
+                "call `on_train_batch_end` for each batch, or `weighting.step({name: average})`.)"
             )
             return self._warn()
         unknown = Segment(weights.vector.current, run.batches, np.full(2 * len(names) + 1, np.nan))
@@ -583,13 +585,15 @@ class LossWeighting(keras.callbacks.Callback):
     def _close_segment(self) -> None:
         """Before weights change: the batches so far had those that there are."""
         run = self._run
-        if run is None or run.batches <= run.in_ledger:
-            return
-        self._sync()
-        lost = run.sums.is_reset
-        run.add_segment(self._weights.vector.current, run.batches)
-        run.next = 0
-        if lost and self._window_size and not np.isfinite(run.ledger[-1].sums[-1]):
+        if run is not None and run.batches > run.in_ledger:
+            self._sync()
+            self._add_segment(run, run.batches)
+            run.next = 0
+
+    def _add_segment(self, run: Run, end: int | None = None) -> None:
+        was_reset = run.sums.is_reset
+        run.add_segment(self._weights.vector.current, end)
+        if was_reset and self._window_size and not np.isfinite(run.ledger[-1].sums[-1]):
             self._messages.append(
                 "does not know the losses of some batches of the epoch: an evaluation took their "
                 "place. In `callbacks`, list the weighting before those that evaluate."

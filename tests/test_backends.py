@@ -32,7 +32,7 @@ def test_loss_and_record_are_those_of_keras_ops(compound, monkeypatch, dtype, sa
     terms = keras.ops.cast(keras.ops.convert_to_tensor([2.0, -4.0, 1.0]), dtype)
     values = dict(zip(NAMES, keras.ops.unstack(terms), strict=True)) if is_list else terms
     samples = keras.ops.convert_to_tensor(20) if samples == "tensor" else samples
-    expected = np.outer([int(samples), 1], [2.0, -4.0, 1.0, 1.0])
+    expected = np.outer([1, 1], int(samples) * np.array([2.0, -4.0, 1.0, 1.0]))
     for used in (backend, Backend()):
         monkeypatch.setattr("keras_dwa._compound_loss.backend", used)
         monkeypatch.setattr("keras_dwa._loss_record.backend", used)
@@ -82,7 +82,7 @@ class TestTorch:
         (gradient,) = torch.autograd.grad(loss, terms)
         assert gradient.tolist() == [3.0, 0.5, 1.0]
         assert not compound.weighting.variables[-1].value.requires_grad
-        expected = 2 * np.outer([samples, 1], [1 / 3, 2.0, 4.0, 1.0])
+        expected = 2 * np.outer([samples, samples], [1 / 3, 2.0, 4.0, 1.0])
         np.testing.assert_allclose(record(compound), expected, rtol=1e-6)
 
     @pytest.mark.parametrize("samples", [1, 3])

@@ -226,8 +226,8 @@ def test_weights_follow_what_was_recorded_and_trackers_stay_in_the_logs(dwa, sho
     plain, histories = LossWeighting(NAMES), []
     for weighting, own in ((dwa, {"shown": shown}), (plain, {})):
         keras.utils.set_random_seed(0)
-        model = type("Model", (Example,), own)(weighting, ["kl"])
-        fit_arguments = {"x": X, "validation_data": (X,), "epochs": 1, "shuffle": False}
+        model = type("Model", (VAE,), own)(weighting, ["kl"])
+        fit_arguments = {"validation_data": (X,), "epochs": 1, "shuffle": False}
         histories.append(fit(model, weighting, **fit_arguments))
     ours, expected = histories
     assert ours["kl_loss"] != expected["kl_loss"]

@@ -1,7 +1,5 @@
 """A trained model and its DWA state, written and read."""
 
-import contextlib
-
 import keras
 import numpy as np
 import pytest

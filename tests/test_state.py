@@ -5,15 +5,14 @@ import functools
 import gc
 import pickle
 import tracemalloc
-import warnings
 
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, X, Y, check_run, dict_model, joined, one_backend, train
+from common import LOSSES, X, Y, check_run, dict_model, joined, one_backend, train
 
 import keras_dwa
-from keras_dwa import CompoundLoss, DynamicWeightAverage, dwa_weights
+from keras_dwa import DynamicWeightAverage, dwa_weights
 
 FIT = {"batch_size": 8, "verbose": 0}
 

@@ -22,7 +22,7 @@ from common import (
 )
 from run_to_kill import Stop
 
-from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, LossWeightScheduler
+from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler
 
 NAMES = list(LOSSES)
 BATCH = 8

@@ -203,7 +203,7 @@ MISWIRINGS = {
         row("lists_in_a_dict", "['mse']", "loss={'depth': 'mae',",
             loss={"easy": ["mse"], "hard": ["mae"]}),
         # Keras pairs it with the outputs in the model's order, not in that of the loss dict.
-        row("list_of_weights", "the structure of `loss={'easy': 'mse',", "Found `loss_weights=[<Loss",
+        row("list_of_weights", "the structure of `loss={'easy'", "Found `loss_weights=[<Loss",
             arrange=with_features, loss={**LOSSES, "features": None},
             weights=lambda ours: [ours["easy"], None, ours["hard"]]),
         row("swapped_weights", "each loss its own weight", "'easy': <LossWeight hard_weight>",

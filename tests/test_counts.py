@@ -1,0 +1,325 @@
+"""What a batch counts: outputs of their own first axes, any number of uses, what comes late."""
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import keras
+import numpy as np
+import pytest
+from common import BACKEND, LOSSES, ComputeLoss, X, Y, check_run, dict_model, one_backend
+from keras import ops
+from test_own_steps import NAMES, VAE, Example, OwnStep, descend
+
+import keras_dwa
+from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, LossWeightScheduler
+
+Lambda = keras.callbacks.LambdaCallback
+
+
+def halve(period, factors):
+    """The first weight falls, the second one rises."""
+    first, second = factors
+    return {first: 1 / (1 + period), second: 1.0 + period}
+
+
+# Outputs that differ in their first axis.
+
+
+class Graphs(keras.Model):
+    """An output for each graph of a batch, and one for each node."""
+
+    def __init__(self):
+        super().__init__()
+        self.zeros = keras.layers.Dense(1, kernel_initializer="zeros")
+
+    def call(self, x):
+        nodes = self.zeros(x)
+        return {"graph": ops.mean(nodes, axis=1), "node": ops.reshape(nodes, (-1, 1))}
+
+
+def graphs(numbers_of_nodes):
+    """Batches of two graphs. The loss of "graph" is 1, that of "node" 4."""
+    for nodes in numbers_of_nodes:
+        y = {"graph": np.ones((2, 1)), "node": np.full((2 * nodes, 1), 2.0)}
+        yield np.ones((2, nodes, 1)), y
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("numbers_of_nodes", [[3] * 4, [3, 1, 2, 1]])
+def test_outputs_of_other_first_axes_have_averages_of_their_own(eager, numbers_of_nodes):
+    def fit(weighting, *others):
+        model, losses = Graphs(), {"graph": "mse", "node": "mse"}
+        arguments = {"loss_weights": weighting.loss_weights, "run_eagerly": eager}
+        model.compile(keras.optimizers.SGD(0.0), losses, **arguments)
+        callbacks = [weighting, *others]
+        data = graphs(numbers_of_nodes)
+        fit = {"steps_per_epoch": len(numbers_of_nodes), "shuffle": False, "verbose": 0}
+        history = model.fit(data, callbacks=callbacks, **fit).history
+        np.testing.assert_allclose(history["base_loss"], [5.0], rtol=1e-5)
+        return weighting.windows
+
+    for windows in (
+        fit(LossWeightScheduler(["graph", "node"], halve, update_freq=2)),
+        fit(dwa := DynamicWeightAverage(["graph", "node"], update_freq=1)),
+    ):
+        for window in windows:
+            np.testing.assert_allclose(list(window.losses.values()), [1.0, 4.0], rtol=1e-5)
+    np.testing.assert_allclose(list(dwa.factors.values()), [1.0, 1.0], rtol=1e-5)
+    weighting = LossWeighting(["graph", "node"])
+    assign = Lambda(
+        on_train_batch_begin=lambda batch, logs: batch == 1 and weighting.assign({"node": 0.25})
+    )
+    fit(weighting, assign)
+
+
+# A compound loss that is not used once in a step.
+
+
+def fit_still(model, *callbacks, **arguments):
+    """Three epochs that learn nothing, each validated."""
+    model.compile(keras.optimizers.SGD(0.0), **arguments)
+    fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "validation_data": (X,)}
+    return model.fit(X, callbacks=list(callbacks), **fit).history
+
+
+def check_still(history, of_base_loss=1.0):
+    """The weights move, and what does not depend on them stays as it is."""
+    weights = np.array([history[f"{name}_weight"] for name in NAMES])
+    np.testing.assert_allclose(weights, [[1, 1 / 2, 1 / 3], [1, 2, 3]], rtol=1e-6)
+    for prefix in ("", "val_"):
+        losses = np.array([history[f"{prefix}{name}_loss"] for name in NAMES])
+        np.testing.assert_allclose(losses, losses[:, [0, 0, 0]], rtol=1e-5)
+        base_loss = history[f"{prefix}base_loss"]
+        np.testing.assert_allclose(base_loss, of_base_loss * losses.sum(axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0], ids=["averaged", "added up"])
+def test_two_views_of_a_batch_in_one_step(share):
+    class Twice(VAE):
+        def total(self, x, y_pred, terms, training):
+            of_view = {name: 2.0 * term for name, term in terms.items()}
+            return share * (self.compound.combine(terms) + self.compound.combine(of_view))
+
+    schedule = LossWeightScheduler(NAMES, halve)
+    check_still(fit_still(Twice(schedule), schedule), of_base_loss=2 * share)
+
+
+class Critic(OwnStep):
+    """Trains three times on each batch."""
+
+    if BACKEND == "jax":
+
+        def loss_and_state(self, trainable, non_trainable, metrics_variables, x):
+            state = non_trainable, metrics_variables
+            for _ in range(3):
+                loss, state = super().loss_and_state(trainable, *state, x)
+            return loss, state
+
+    else:
+
+        def train_step(self, x):
+            def compute_loss():
+                return self.compute_loss(x, y_pred=self(x, training=True))
+
+            for _ in range(3):
+                loss = descend(self, self.trainable_weights, compute_loss, self.optimizer)
+            return self.log(x, loss)
+
+
+def test_three_uses_in_a_train_step():
+    schedule = LossWeightScheduler(NAMES, halve)
+    check_still(fit_still(Critic(schedule), schedule))
+
+
+def test_step_in_which_nothing_is_used_is_no_batch():
+    class EverySecond(VAE):
+        steps = 0
+
+        def total(self, x, y_pred, terms, training):
+            self.steps += training
+            is_used = self.steps % 2 == 0 or not training
+            return self.compound.combine(terms) if is_used else ops.mean(y_pred["image"])
+
+    schedule = LossWeightScheduler(NAMES, halve, update_freq=1)
+    model = EverySecond(schedule)
+    history = fit_still(model, schedule, run_eagerly=True)
+    assert [window.batches for window in schedule.windows] == [1] * 15
+    used = [np.isfinite(window.losses["kl"]) for window in schedule.windows]
+    assert used == [batch % 2 == 1 for batch in range(15)]
+    errors = np.array(history["reconstruction_loss"]) - history["val_reconstruction_loss"]
+    assert (abs(errors) < 10).all()
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="on JAX, `metrics` must show the compound loss")
+def test_validation_of_a_model_whose_metrics_hide_the_record_is_apart_from_training():
+    class Validates(Example):
+        def test_step(self, x):
+            return self.log(x, self.compute_loss(x, y_pred=self(x), training=False))
+
+    schedule = LossWeightScheduler(NAMES, halve)
+    model = Validates(schedule)
+    model.compile(keras.optimizers.SGD(0.0))
+    fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "validation_data": (3 * X,)}
+    check_still(model.fit(X, callbacks=[schedule], **fit).history)
+
+
+@one_backend
+def test_epoch_without_a_use_after_the_first_holds_the_weights():
+    class FirstEpochOnly(VAE):
+        steps = 0
+
+        def total(self, x, y_pred, terms, training):
+            self.steps += training
+            return self.compound.combine(terms) if self.steps <= 5 else ops.mean(y_pred["image"])
+
+    dwa = DynamicWeightAverage(NAMES)
+    model = FirstEpochOnly(dwa)
+    model.compile("sgd", run_eagerly=True)
+    with pytest.warns(UserWarning, match="epoch 2 had no use of its compound loss"):
+        history = model.fit(X, batch_size=8, epochs=2, verbose=0, callbacks=[dwa]).history
+    assert len(history["kl_weight"]) == 1
+
+
+def test_compound_loss_of_two_models_in_turn():
+    dwa = DynamicWeightAverage(list(LOSSES), temperature=0.2)
+    first, second = ComputeLoss(dwa), ComputeLoss(LossWeighting(list(LOSSES)))
+    second.compound = first.compound
+    for model in (first, second):
+        model.compile(keras.optimizers.SGD(0.05))
+        fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "callbacks": [dwa]}
+        check_run(model.fit(X, Y, **fit).history, dwa)
+
+
+# What happens beside the steps.
+
+
+def compiled(weighting, rate=0.05):
+    model = dict_model()
+    model.compile(keras.optimizers.SGD(rate), LOSSES, loss_weights=weighting.loss_weights)
+    return model
+
+
+def test_evaluation_within_an_epoch_that_has_the_callback_leaves_windows_alone():
+    dwa = DynamicWeightAverage(list(LOSSES), update_freq=3)
+    model = compiled(dwa, rate=0.0)
+
+    def evaluate(batch, logs):
+        if batch % 2:
+            model.evaluate(X, Y, batch_size=len(X), verbose=0, callbacks=[dwa])
+
+    fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "shuffle": False}
+    model.fit(X, Y, callbacks=[dwa], **fit)
+    expected = dwa.windows
+    model.fit(X, Y, callbacks=[dwa, Lambda(on_train_batch_end=evaluate)], **fit)
+    windows = dwa.windows[len(expected) :]
+    assert [window.batches for window in windows] == [window.batches for window in expected]
+    for window, other in zip(windows, expected, strict=True):
+        np.testing.assert_allclose(window.losses["easy"], other.losses["easy"], rtol=1e-4)
+
+
+def test_weight_is_read_in_another_thread_beside_the_steps():
+    dwa, stop = DynamicWeightAverage(list(LOSSES), temperature=0.2), threading.Event()
+
+    def look():
+        read = set()
+        while not stop.wait(0.001):
+            read.add(float(dwa.loss_weights["easy"]))
+        return read
+
+    with ThreadPoolExecutor() as pool:
+        watched = pool.submit(look)
+        try:
+            fit = {"batch_size": 1, "epochs": 3, "verbose": 0}
+            history = compiled(dwa).fit(X, Y, callbacks=[dwa], **fit).history
+        finally:
+            stop.set()
+    check_run(history, dwa)
+    assert {1.0, history["easy_weight"][-1]} <= watched.result()
+
+
+class Beside(keras.callbacks.Callback):
+    """Keras calls its `on_train_batch_end` beside the next steps."""
+
+    async_safe = True
+
+    def __init__(self, on_train_batch_end):
+        super().__init__()
+        self.call = on_train_batch_end
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.call(batch)
+
+
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="on TensorFlow, Keras waits for each batch")
+def test_ends_of_a_broken_fit_that_come_in_the_next_one_change_nothing():
+    dwa = DynamicWeightAverage(list(LOSSES), temperature=0.2, update_freq=2)
+    model, go_on, ended = compiled(dwa), threading.Event(), threading.Semaphore(0)
+
+    def fit(*callbacks):
+        fit = {"batch_size": 8, "epochs": 4, "verbose": 0}
+        model.fit(X, Y, callbacks=list(callbacks), **fit)
+
+    def break_off(batch, logs):
+        if batch == 2:
+            raise KeyboardInterrupt
+
+    def let_the_others_end(batch):
+        if batch == 4 and not go_on.is_set():
+            go_on.set()
+            for _ in range(2):
+                assert ended.acquire(timeout=60)
+
+    slow = Beside(lambda batch: go_on.wait(timeout=60))
+    last = Beside(lambda batch: ended.release())
+    with pytest.raises(KeyboardInterrupt):
+        fit(slow, dwa, last, Lambda(on_train_batch_begin=break_off))
+    dwa.reset()
+    fit(dwa, Beside(let_the_others_end))
+    assert [window.batches for window in dwa.windows] == [2] * 10
+
+
+def test_hooks_return_at_once_after_the_first_batches():
+    package = keras_dwa.__path__[0]
+
+    def calls(batches):
+        """Of the package's functions, in an epoch of so many batches."""
+        dwa, counted = DynamicWeightAverage(list(LOSSES)), []
+        model = compiled(dwa)
+        model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa])
+
+        def count(frame, event, argument):
+            if event == "call" and frame.f_code.co_filename.startswith(package):
+                counted.append(frame.f_code.co_name)
+
+        previous = sys.getprofile()
+        sys.setprofile(count)
+        threading.setprofile(count)
+        try:
+            fit = {"batch_size": 1, "steps_per_epoch": batches, "verbose": 0}
+            model.fit(X, Y, callbacks=[dwa], **fit)
+        finally:
+            sys.setprofile(previous)
+            threading.setprofile(None)
+        # What an eager step reads, and logs, is its own.
+        return len([name for name in counted if name not in ("value", "result")])
+
+    assert calls(30) - calls(20) <= 3 * 10
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="torch's compiler")
+def test_compiled_stateless_combine_returns_what_all_batches_recorded():
+    import torch
+
+    dwa = DynamicWeightAverage(NAMES)
+    compound = CompoundLoss(NAMES, dwa)
+
+    @torch.compile
+    def step(variables, terms):
+        return compound.stateless_combine(variables, dict(zip(NAMES, terms, strict=True)), 2)
+
+    variables = [variable.value for variable in dwa.variables]
+    for batch in range(1, 4):
+        loss, variables = step(variables, torch.tensor([float(batch), 1.0]).unbind())
+        assert float(loss) == batch + 1
+    assert variables[1].tolist() == [[12.0, 6.0, 6.0]] * 2

@@ -1,0 +1,65 @@
+"""What the segments of an epoch come to: pure functions, without Keras."""
+
+import numpy as np
+import pytest
+from common import one_backend
+
+from keras_dwa._ledger import Segment, averages, is_known, loss_parts, mean_weights, total
+
+pytestmark = one_backend
+UNKNOWN = np.full(5, np.nan)
+
+
+def segment(weights, end, losses=None, counts=(1.0, 1.0), total=None):
+    """One whose losses average to `losses`."""
+    if losses is None:
+        return Segment(np.array(weights), end, UNKNOWN)
+    sums = [*np.multiply(losses, counts), *counts, counts[0] if total is None else total]
+    return Segment(np.array(weights), end, np.array(sums, dtype=float))
+
+
+def test_each_loss_has_a_count_of_its_own():
+    ledger = [
+        segment([1.0, 1.0], 1, (2.0, 8.0), (2, 6)),
+        segment([3.0, 1.0], 2, (4.0, 2.0), (2, 12)),
+    ]
+    np.testing.assert_allclose(averages(total(ledger)), [3.0, (8 * 6 + 2 * 12) / 18])
+
+
+def test_parts_count_by_the_total_whatever_the_losses_count_by():
+    ledger = [
+        segment([1.0, 1.0], 3, (1.0, 4.0), (6, 18), total=6),
+        segment([1.0, 0.5], 4, (1.0, 4.0), (1, 30), total=2),
+    ]
+    losses = averages(total(ledger))
+    np.testing.assert_allclose(losses, [1.0, 4.0])
+    np.testing.assert_allclose(mean_weights(ledger), [1.0, 0.75 + 0.25 * 0.5])
+    np.testing.assert_allclose(loss_parts(ledger, losses), [1.0, 3.5])
+    np.testing.assert_allclose(loss_parts(ledger, losses, np.array([2.0, 1.0])), [2.0, 4.0])
+
+
+def test_weights_that_stay_are_exact_and_the_logged_losses_theirs():
+    ledger = [segment([0.1, 0.7], end, (1.0, 1.0), (3, 3)) for end in (1, 2, 3)]
+    assert mean_weights(ledger).tolist() == [0.1, 0.7]
+    np.testing.assert_array_equal(loss_parts(ledger, np.array([2.0, 3.0])), [0.2, 0.7 * 3])
+
+
+@pytest.mark.parametrize(
+    "sums", [{}, {"losses": (1.0, 1.0), "counts": (0, 0)}], ids=["unknown", "nothing counted"]
+)
+def test_batches_whose_losses_are_not_known_count_one_each(sums):
+    ledger = [segment([1.0, 0.0], 3), segment([5.0, 1.0], 4, **sums)]
+    assert not is_known(ledger)
+    np.testing.assert_allclose(mean_weights(ledger), [2.0, 0.25])
+    np.testing.assert_allclose(loss_parts(ledger, np.array([2.0, 8.0])), [4.0, 2.0])
+
+
+def test_segment_without_a_loss_leaves_the_others_as_they_are():
+    ledger = [segment([2.0, 1.0], 1, (1.0, 3.0)), segment([4.0, 1.0], 2, (0.0, 0.0), (0, 0))]
+    losses = averages(total(ledger))
+    np.testing.assert_allclose(losses, [1.0, 3.0])
+    np.testing.assert_allclose(loss_parts(ledger, losses), [2.0, 3.0])
+
+
+def test_loss_without_a_count_has_no_average():
+    np.testing.assert_array_equal(averages(np.array([0.0, 6.0, 0.0, 2.0, 2.0])), [np.nan, 3.0])
