@@ -11,45 +11,8 @@ from keras_dwa._loss_weighting import LossWeighting
 from keras_dwa._loss_weights import LossWeight
 
 
-class WeightedLoss(keras.metrics.Metric, keras.losses.Loss):
-    """A loss with variables: a metric, too, since a model tracks those that are its attributes."""
-
-    def __init__(self, weighting: LossWeighting) -> None:
-        super().__init__(name="compound_loss")
-        self._weighting = weighting
-        self._weights = weighting._weights
-        self._record = self._weights.start_recording()
-
-    @property
-    def weighting(self) -> LossWeighting:
-        """The callback with the weights: for `fit(callbacks=[...])`."""
-        return self._weighting
-
-    @property
-    def loss_weights(self) -> dict[str, LossWeight]:
-        """The weights by output name: for `compile(loss_weights=...)`."""
-        return self._weighting.loss_weights
-
-    def update_state(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: a step of one's own may call it on all metrics."""
-
-    def result(self) -> dict[str, Any]:
-        """The averages of the unweighted losses."""
-        return self._weights.result()
-
-    def reset_state(self) -> None:
-        """Forgets the losses, not the weights."""
-        self._weights.reset_state()
-
-    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        # As of the callback, whose weights it has.
-        return self
-
-    __copy__ = __deepcopy__
-
-
 @keras.saving.register_keras_serializable(package="keras_dwa")
-class CompoundLoss(WeightedLoss):
+class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
     """The weighted sum of several losses, under the weights of a `LossWeighting`.
 
     For what `compile(loss_weights=...)` cannot do: training loops of your own, and loss terms that
@@ -99,12 +62,25 @@ class CompoundLoss(WeightedLoss):
         _check_names(losses, list(weighting.outputs))
         identifiers = dict(losses) if isinstance(losses, Mapping) else {}
         as_losses = {name: _as_loss(loss) for name, loss in identifiers.items()}
-        super().__init__(weighting)
+        # A metric, too, since a model tracks those that are its attributes.
+        super().__init__(name="compound_loss")
+        self._weighting, self._weights = weighting, weighting._weights
+        self._record = self._weights.start_recording()
         self._identifiers, self._losses = identifiers, as_losses
 
     def __repr__(self) -> str:
         losses = self._identifiers or list(self._weighting.outputs)
         return f"CompoundLoss({losses}, {self._weighting!r})"
+
+    @property
+    def weighting(self) -> LossWeighting:
+        """The callback with the weights: for `fit(callbacks=[...])`."""
+        return self._weighting
+
+    @property
+    def loss_weights(self) -> dict[str, LossWeight]:
+        """The weights by output name: for `compile(loss_weights=...)`."""
+        return self._weighting.loss_weights
 
     @property
     def losses(self) -> dict[str, Any]:
@@ -187,6 +163,23 @@ class CompoundLoss(WeightedLoss):
             ValueError: as in `combine`, or if `variables` are not as many as `weighting.variables`.
         """
         return self._stateless(variables, values, samples)
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: a step of one's own may call it on all metrics."""
+
+    def result(self) -> dict[str, Any]:
+        """The averages of the unweighted losses."""
+        return self._weights.result()
+
+    def reset_state(self) -> None:
+        """Forgets the losses, not the weights."""
+        self._weights.reset_state()
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # As of the callback, whose weights it has.
+        return self
+
+    __copy__ = __deepcopy__
 
     def __reduce__(self) -> Any:
         # Keras would pickle what it saves, for which it makes a weighting of its own.

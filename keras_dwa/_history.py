@@ -4,13 +4,15 @@ import csv
 import math
 import os
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 
 from keras_dwa._ledger import Vector
-from keras_dwa._loss_weighting import LossWeighting
+
+if TYPE_CHECKING:
+    from keras_dwa._loss_weighting import LossWeighting
 
 
 class TrainingRun:
@@ -19,7 +21,7 @@ class TrainingRun:
     def __init__(
         self,
         columns: Mapping[str, list[Any]],
-        weighting: LossWeighting | None,
+        weighting: "LossWeighting | None",
         validation_freq: int | Collection[int],
     ) -> None:
         self._columns, self._validation_freq = columns, validation_freq
@@ -125,7 +127,7 @@ def _float(value: Any) -> float:
         return math.nan
 
 
-def _names(columns: Mapping[str, Any], weighting: LossWeighting | None) -> list[str]:
+def _names(columns: Mapping[str, Any], weighting: "LossWeighting | None") -> list[str]:
     """The names of the outputs."""
     # `CSVLogger` adds an empty `val_` column for each other if the first epoch has none.
     weights = [

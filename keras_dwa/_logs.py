@@ -83,10 +83,19 @@ def check_first_logs(logs: Logs, names: Sequence[str], weights: Vector, may_lack
         check_total(logs, float(weights @ logged_losses(logs, names, weights)))
 
 
-def add_missing_losses(logs: dict[str, float], losses: Mapping[str, float]) -> None:
-    """Adds recorded averages by output name; what the model logs itself stays as it is."""
-    by_key = {f"{name}_loss": loss for name, loss in losses.items()}
-    logs.update({key: loss for key, loss in by_key.items() if key not in logs})
+def add_recorded_losses(
+    logs: dict[str, float], losses: Mapping[str, float], logged: Sequence[str]
+) -> None:
+    """Adds recorded averages by output name; what trackers of the model log stays as it is.
+
+    Args:
+        logs: those of an epoch.
+        losses: the averages over it by output name.
+        logged: the names whose losses come from the record already.
+    """
+    for name, loss in losses.items():
+        if name in logged or f"{name}_loss" not in logs:
+            logs[f"{name}_loss"] = loss
 
 
 def add_weights(logs: dict[str, float], names: Sequence[str], ledger: Ledger) -> None:

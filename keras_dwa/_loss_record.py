@@ -18,7 +18,7 @@ class LossRecord:
 
     Attributes:
         variable: the K losses, each times its batch's samples, and these samples: the sums since
-            the last reset, for the logs; and those since the last `drain`, which stay exact in a
+            the last reset, for the logs; and those since the last `take`, which stay exact in a
             long epoch and after a NaN. Shape `(2, K + 1)`, float32 or wider.
     """
 
@@ -35,6 +35,8 @@ class LossRecord:
             synchronization="on_read",
             name="record",
         )
+        # Of the samples: the first row as `take` found it, and what it took from the second.
+        self._counted = self._taken = 0.0
 
     def add(self, losses: Any, samples: Any) -> None:
         """Adds a batch.
@@ -66,12 +68,21 @@ class LossRecord:
     def clear(self) -> None:
         """Sets all to zero."""
         self.variable.assign(keras.ops.zeros(self.variable.shape, self.variable.dtype))
+        self._counted = self._taken = 0.0
 
-    def drain(self) -> None:
-        """Sets the second row to zero."""
+    def take(self) -> NDArray[np.float64]:
+        """The sums since the last call: of the losses, and of samples. Shape `(K + 1,)`."""
+        values = self.values()
+        counted = float(values[0, -1])
+        new: NDArray[np.float64] = values[1]
+        # On JAX, Keras undoes what is assigned as a batch begins, if the data then had none.
+        if new[-1] - (counted - self._counted) > 0.5 * self._taken:
+            new = np.zeros_like(new)
         # On the devices: JAX would have the processes compare what is on the host, NaN too.
         first = keras.ops.convert_to_tensor(self.variable)[:1]
         self.variable.assign(keras.ops.concatenate([first, keras.ops.zeros_like(first)]))
+        self._counted, self._taken = counted, float(new[-1])
+        return new
 
 
 def to_numpy(tensor: Any) -> NDArray[Any]:

@@ -13,13 +13,7 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from keras_dwa._arguments import (
-    check_factors,
-    check_losses,
-    check_memory,
-    check_outputs,
-    check_update_freq,
-)
+from keras_dwa import _arguments, _logs, _ranks, _wiring
 from keras_dwa._compiled import fixed_part
 from keras_dwa._ledger import (
     Ledger,
@@ -33,34 +27,9 @@ from keras_dwa._ledger import (
     repeat_count,
     total,
 )
-from keras_dwa._logs import (
-    add_base_loss,
-    add_missing_losses,
-    add_val_base_loss,
-    add_weights,
-    check_first_logs,
-    check_logs,
-    check_total,
-    logged_losses,
-    print_weights,
-)
 from keras_dwa._loss_weights import LossWeight, LossWeights
-from keras_dwa._ranks import same_on_ranks, total_in_fit, total_of_ranks
 from keras_dwa._run import Run
 from keras_dwa._sums import NewSums, RecordSums, TrackerSums
-from keras_dwa._wiring import (
-    attach,
-    check_attached,
-    check_metrics,
-    check_model,
-    check_no_fit,
-    check_record,
-    check_use,
-    is_tracked,
-    logged_by_record,
-    records,
-    static_sums,
-)
 
 
 @dataclass(frozen=True)
@@ -161,12 +130,12 @@ class LossWeighting(keras.callbacks.Callback):
         verbose: int = 0,
     ) -> None:
         super().__init__()
-        freq = check_update_freq(update_freq)
+        freq = _arguments.check_update_freq(update_freq)
         # In batches; None for epochs.
         self._window_size: int | None = None if freq == "epoch" else int(freq)
         self.verbose = verbose
         rules = [cls.__name__ for cls in type(self).__mro__]
-        self._weights = LossWeights(check_outputs(outputs), rules)
+        self._weights = LossWeights(_arguments.check_outputs(outputs), rules)
         self._weights.before_change = self._close_segment
         self._run: Run | None = None
         # The latest windows that are over.
@@ -190,17 +159,17 @@ class LossWeighting(keras.callbacks.Callback):
         plain.set_model(model)
         # What torch's `DistributedDataParallel` wraps, where that is given.
         wrapper, model = model, plain.model
-        check_model(model, weights, in_fit=False)
+        _wiring.check_model(model, weights, in_fit=False)
         self._wrapper = None if wrapper is model else wrapper
-        weights.logged = logged_by_record(model, weights)
+        weights.logged = _wiring.logged_by_record(model, weights)
         former = self.model
-        if model is former and is_tracked(model, weights):
+        if model is former and _wiring.is_tracked(model, weights):
             return
         returns = former is not None and getattr(model, weights.name, None) is weights
         # Unpickled, or by Keras for a model with a compound loss.
         is_read = former is None and weights.is_loaded
         self._run = None
-        attach(model, weights)
+        _wiring.attach(model, weights)
         if not is_read:
             assigned = self._assigned
             self.reset()
@@ -218,14 +187,14 @@ class LossWeighting(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, float] | None = None) -> None:
         model, weights = self.model, self._weights
-        check_attached(model, weights, self)
-        check_model(model, weights)
-        by_record = records(model, weights)
+        _wiring.check_attached(model, weights, self)
+        _wiring.check_model(model, weights)
+        by_record = _wiring.records(model, weights)
         # From Keras 3.16 on, `fit` trains in the ranks that there are.
         parallel = self._wrapper or getattr(model, "ddp_model", None)
         trackers, record = TrackerSums(model, weights.names), weights.record
         source = RecordSums(record) if record is not None and by_record else trackers
-        over_ranks = partial(total_in_fit, weights=weights, parallel=parallel)
+        over_ranks = partial(_ranks.total_in_fit, weights=weights, parallel=parallel)
         sums = NewSums(source, weights.marks, over_ranks)
         is_first = weights.state.window[-1] == 0
         self._run = Run(model, self.params, sums, by_record, parallel, is_first)
@@ -276,7 +245,7 @@ class LossWeighting(keras.callbacks.Callback):
         if logs and not run.has_logs:
             run.has_logs = True
             weights = self._weights
-            check_first_logs(logs, weights.names, weights.vector.current, run.by_record)
+            _logs.check_first_logs(logs, weights.names, weights.vector.current, run.by_record)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
         run = self._run
@@ -306,7 +275,7 @@ class LossWeighting(keras.callbacks.Callback):
         weights.vector.restore()
         if not self._has_losses(run):
             if run.parallel is not None:
-                same_on_ranks(np.full(len(names), np.nan), weights, run.parallel)
+                _ranks.same_on_ranks(np.full(len(names), np.nan), weights, run.parallel)
             what = "use of its compound loss" if run.batches else "batch"
             self._messages.append(
                 f"holds the loss weights: epoch {epoch + 1} had no {what}. (In a loop of your own, "
@@ -317,18 +286,18 @@ class LossWeighting(keras.callbacks.Callback):
         ledger = run.ledger or [unknown]
         losses = averages(total(ledger))
         if run.by_record and is_known(ledger):
-            add_missing_losses(logs, weights.by_name(losses))
-        check_logs(logs, names)
+            _logs.add_recorded_losses(logs, weights.by_name(losses), weights.logged or ())
+        _logs.check_logs(logs, names)
         if not is_known(ledger):
-            losses = logged_losses(logs, names, mean_weights(ledger))
+            losses = _logs.logged_losses(logs, names, mean_weights(ledger))
         if run.parallel is not None:
-            losses = same_on_ranks(losses, weights, run.parallel)
-        add_weights(logs, names, ledger)
-        check_total(logs, float(loss_parts(ledger, losses).sum()))
+            losses = _ranks.same_on_ranks(losses, weights, run.parallel)
+        _logs.add_weights(logs, names, ledger)
+        _logs.check_total(logs, float(loss_parts(ledger, losses).sum()))
         self._check_effect(logs, ledger, losses)
-        add_base_loss(logs, ledger, losses, weights.base_weights)
+        _logs.add_base_loss(logs, ledger, losses, weights.base_weights)
         had, recorded = run.validation or (weights.vector.current, None)
-        message = add_val_base_loss(logs, names, had, weights.base_weights, recorded)
+        message = _logs.add_val_base_loss(logs, names, had, weights.base_weights, recorded)
         self._messages += [message] if message else []
         self._end_epoch(run, epoch, logs, losses)
         if self.verbose and not self._prints_at_begin and self._is_rule():
@@ -414,7 +383,7 @@ class LossWeighting(keras.callbacks.Callback):
                 "off, call `weighting.on_train_end()`."
             )
         self._sync()
-        new = check_factors(factors, self.factors, self.base_weights, "`assign`")
+        new = _arguments.check_factors(factors, self.factors, self.base_weights, "`assign`")
         self._weights.replace(replace(self._weights.state, factors=new))
         self._assigned.update({name: self.factors[name] for name in factors})
 
@@ -463,9 +432,9 @@ class LossWeighting(keras.callbacks.Callback):
         self._sync()
         weights = self._weights
         if losses is None:
-            check_no_fit(self._run is not None and self._run.by_record)
+            _wiring.check_no_fit(self._run is not None and self._run.by_record)
             sums = weights.recorded()
-            sums = total_of_ranks(sums, weights) if all_ranks else sums
+            sums = _ranks.total_of_ranks(sums, weights) if all_ranks else sums
             values = averages(repeat_count(sums)) if sums[-1] else None
             if values is None and weights.marks.added:
                 weights.marks.added = False
@@ -475,8 +444,8 @@ class LossWeighting(keras.callbacks.Callback):
                     "before `train_on_batch`, call `weighting.set_model(model)`."
                 )
         else:
-            given = check_losses(losses, weights.names)
-            values = same_on_ranks(given, weights) if all_ranks else given
+            given = _arguments.check_losses(losses, weights.names)
+            values = _ranks.same_on_ranks(given, weights) if all_ranks else given
         if values is not None:
             logs = {f"{name}_loss": value for name, value in weights.by_name(values).items()}
             self._close_period(weights.state.periods, logs, clear_record=True)
@@ -547,8 +516,8 @@ class LossWeighting(keras.callbacks.Callback):
             self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
             found = find()
             found = {} if found is None else found
-            factors = check_factors(found, self.factors, self.base_weights, source)
-            memory = check_memory(self._draft, source)
+            factors = _arguments.check_factors(found, self.factors, self.base_weights, source)
+            memory = _arguments.check_memory(self._draft, source)
             state = replace(weights.state, factors=factors, memory=memory, **changes)
             weights.replace(state, clear_record)
         finally:
@@ -636,7 +605,7 @@ class LossWeighting(keras.callbacks.Callback):
             self._close_segment()
         if not run.by_record or total(run.ledger)[-1] != 0:
             return True
-        check_use(self.model, is_first=self._weights.state.periods == 0)
+        _wiring.check_use(self.model, is_first=self._weights.state.periods == 0)
         return False
 
     def _check_first_batches(self) -> None:
@@ -646,16 +615,16 @@ class LossWeighting(keras.callbacks.Callback):
             return
         run.is_checked = True
         if not run.by_record:
-            check_metrics(self.model, weights.names)
+            _wiring.check_metrics(self.model, weights.names)
         if weights.record is not None and not run.sums.is_reset:
             self._sync()
-            check_record(run.by_record, weights.marks.added, weights.recorded()[-1] != 0)
+            _wiring.check_record(run.by_record, weights.marks.added, weights.recorded()[-1] != 0)
 
     def _check_effect(self, logs: Mapping[str, float], ledger: Ledger, losses: Vector) -> None:
         if not self._static.any() or not (is_constant(ledger) or is_known(ledger)):
             return
         weights = self._weights
-        self._static = static_sums(
+        self._static = _wiring.static_sums(
             self._static,
             logs.get("loss", math.nan) - fixed_part(self.model, logs, weights.entries),
             loss_parts(ledger, losses),
@@ -678,7 +647,7 @@ class LossWeighting(keras.callbacks.Callback):
         return f"{type(self).__name__}({outputs}, {shown})"
 
     def _print_weights(self, epoch: int) -> None:
-        print_weights(type(self).__name__, self._current(), epoch)
+        _logs.print_weights(type(self).__name__, self._current(), epoch)
 
     def _warn(self) -> None:
         messages, self._messages = self._messages, []

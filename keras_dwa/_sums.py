@@ -92,13 +92,6 @@ class RecordSums:
     def begin(self) -> None:
         # Keras does not, where the model's `metrics` hides the record.
         self._record.clear()
-        self._counted = self._drained = 0.0
 
     def new(self, weights: Vector) -> Vector:
-        (*_, counted), new = self._record.values()
-        # Keras on JAX puts back what was drained as a batch began, if the data then had none.
-        if new[-1] - (counted - self._counted) > 0.5 * self._drained:
-            new = np.zeros_like(new)
-        self._record.drain()
-        self._counted, self._drained = counted, float(new[-1])
-        return repeat_count(new)
+        return repeat_count(self._record.take())

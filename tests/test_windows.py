@@ -313,6 +313,15 @@ def test_reset_within_an_epoch_begins_a_window(call, first):
     np.testing.assert_allclose(window.losses["easy"], expected, rtol=1e-5)
 
 
+def test_reset_within_an_epoch_leaves_the_batches_after_it(way):
+    model, dwa = start(way, 3, keras.optimizers.SGD(0.0))
+    reset = Lambda(on_train_batch_begin=lambda batch, logs: batch == 2 and dwa.reset())
+    history = fit(model, dwa, reset, epochs=1)
+    (window,) = dwa.windows
+    np.testing.assert_allclose(window.losses["easy"], easy_losses(model)[2:].mean(), rtol=1e-5)
+    check_base_loss(history)
+
+
 @one_backend
 def test_hooks_called_by_hand_have_no_sums_and_the_mean_goes_by_batches():
     weighting = LossWeighting(BASE)
