@@ -213,7 +213,7 @@ class LossWeighting(keras.callbacks.Callback):
         run.begin_epoch()
         run.sums.begin()
         if self.verbose and self._prints_at_begin:
-            self._print_weights(epoch)
+            _logs.print_weights(type(self).__name__, self._current(), epoch)
         self._warn()
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, float] | None = None) -> None:
@@ -270,38 +270,22 @@ class LossWeighting(keras.callbacks.Callback):
             run.sums.take(weights.vector.current)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
-        run, weights, names = self._this_run(), self._weights, self.outputs
+        run, weights = self._this_run(), self._weights
         logs = {} if logs is None else logs
         weights.vector.restore()
         if not self._has_losses(run):
-            if run.parallel is not None:
-                _ranks.same_on_ranks(np.full(len(names), np.nan), weights, run.parallel)
-            what = "use of its compound loss" if run.batches else "batch"
-            self._messages.append(
-                f"holds the loss weights: epoch {epoch + 1} had no {what}. (In a loop of your own, "
-                "call `on_train_batch_end` for each batch, or `weighting.step({name: average})`.)"
-            )
-            return self._warn()
-        unknown = Segment(weights.vector.current, run.batches, np.full(2 * len(names) + 1, np.nan))
-        ledger = run.ledger or [unknown]
-        losses = averages(total(ledger))
-        if run.by_record and is_known(ledger):
-            _logs.add_recorded_losses(logs, weights.by_name(losses), weights.logged or ())
-        _logs.check_logs(logs, names)
-        if not is_known(ledger):
-            losses = _logs.logged_losses(logs, names, mean_weights(ledger))
-        if run.parallel is not None:
-            losses = _ranks.same_on_ranks(losses, weights, run.parallel)
-        _logs.add_weights(logs, names, ledger)
-        _logs.check_total(logs, float(loss_parts(ledger, losses).sum()))
+            return self._end_empty_epoch(run, epoch)
+        ledger, losses = self._epoch_losses(run, logs)
+        _logs.add_weights(logs, weights.names, ledger)
         self._check_effect(logs, ledger, losses)
         _logs.add_base_loss(logs, ledger, losses, weights.base_weights)
         had, recorded = run.validation or (weights.vector.current, None)
-        message = _logs.add_val_base_loss(logs, names, had, weights.base_weights, recorded)
+        message = _logs.add_val_base_loss(logs, weights.names, had, weights.base_weights, recorded)
         self._messages += [message] if message else []
         self._end_epoch(run, epoch, logs, losses)
-        if self.verbose and not self._prints_at_begin and self._is_rule():
-            self._print_weights(epoch)
+        is_rule = type(self).update is not LossWeighting.update
+        if self.verbose and is_rule and not self._prints_at_begin:
+            _logs.print_weights(type(self).__name__, self._current(), epoch)
         self._warn()
 
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
@@ -578,9 +562,6 @@ class LossWeighting(keras.callbacks.Callback):
         """The weights by output name."""
         return self._weights.by_name(self._weights.vector.current)
 
-    def _is_rule(self) -> bool:
-        return type(self).update is not LossWeighting.update
-
     def _this_run(self) -> Run:
         run = self._run
         if run is None or run.thread != threading.get_ident():
@@ -607,6 +588,36 @@ class LossWeighting(keras.callbacks.Callback):
             return True
         _wiring.check_use(self.model, is_first=self._weights.state.periods == 0)
         return False
+
+    def _end_empty_epoch(self, run: Run, epoch: int) -> None:
+        """Ends an epoch without losses."""
+        if run.parallel is not None:
+            nothing = np.full(len(self.outputs), np.nan)
+            _ranks.same_on_ranks(nothing, self._weights, run.parallel)
+        what = "use of its compound loss" if run.batches else "batch"
+        self._messages.append(
+            f"holds the loss weights: epoch {epoch + 1} had no {what}. (In a loop of your own, "
+            "call `on_train_batch_end` for each batch, or `weighting.step({name: average})`.)"
+        )
+        run.begin_epoch()
+        self._warn()
+
+    def _epoch_losses(self, run: Run, logs: dict[str, float]) -> tuple[Ledger, Vector]:
+        """The segments of the epoch that ends, and the averages of its losses."""
+        weights, names = self._weights, self.outputs
+        unknown = Segment(weights.vector.current, run.batches, np.full(2 * len(names) + 1, np.nan))
+        ledger = run.ledger or [unknown]
+        losses = averages(total(ledger))
+        if run.by_record and is_known(ledger):
+            by_name = weights.by_name(losses)
+            _logs.add_recorded_losses(logs, by_name, weights.logged or ())
+        _logs.check_logs(logs, names)
+        if not is_known(ledger):
+            losses = _logs.logged_losses(logs, names, mean_weights(ledger))
+        if run.parallel is not None:
+            losses = _ranks.same_on_ranks(losses, weights, run.parallel)
+        _logs.check_total(logs, float(loss_parts(ledger, losses).sum()))
+        return ledger, losses
 
     def _check_first_batches(self) -> None:
         # Once a batch has begun, since TensorFlow builds the losses in it.
@@ -645,9 +656,6 @@ class LossWeighting(keras.callbacks.Callback):
         arguments["weights"] = {name: float(f"{weight:.4g}") for name, weight in current}
         shown = ", ".join(f"{name}={value}" for name, value in arguments.items())
         return f"{type(self).__name__}({outputs}, {shown})"
-
-    def _print_weights(self, epoch: int) -> None:
-        _logs.print_weights(type(self).__name__, self._current(), epoch)
 
     def _warn(self) -> None:
         messages, self._messages = self._messages, []
