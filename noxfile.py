@@ -28,13 +28,13 @@ QUICK = [
     f"tests/test_{name}.py"
     for name in (
         *("formula", "fit", "logs", "rules", "assign", "scheduler", "bad_input", "state"),
-        *("compound_loss", "windows", "wiring", "saving"),
+        *("compound_loss", "ledger", "windows", "wiring", "saving"),
     )
 ]
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
-        *("compound_loss", "config", "fit", "logs", "models"),
+        *("compound_loss", "config", "counts", "fit", "logs", "models"),
         *("own_steps", "saving", "state", "windows", "wiring"),
     )
 ]

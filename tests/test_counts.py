@@ -252,6 +252,7 @@ class Beside(keras.callbacks.Callback):
 
 
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="on TensorFlow, Keras waits for each batch")
+@pytest.mark.filterwarnings("ignore:.*CallbackList.__del__")  # Keras 3.10's own.
 def test_ends_of_a_broken_fit_that_come_in_the_next_one_change_nothing():
     dwa = DynamicWeightAverage(list(LOSSES), temperature=0.2, update_freq=2)
     model, go_on, ended = compiled(dwa), threading.Event(), threading.Semaphore(0)
