@@ -60,9 +60,7 @@ class Run:
         self.validation: tuple[Vector, Vector | None] | None = None
 
     def end_batch(self, batch: int) -> None:
-        """A batch had data, unless it is one of an earlier `fit`: Keras may have another thread
-        tell, late.
-        """
+        """A batch has ended, unless it is one of an earlier `fit`, which Keras may tell late."""
         if self.begun <= batch < self.begun + self._steps_per_execution:
             self._ended = batch
 
