@@ -74,6 +74,14 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
             f"`model` was compiled with one loss, {loss!r}, for all its outputs. Compile with "
             f"a dict:\n    {_compile_call(output_names)}"
         )
+    elif any(
+        isinstance(key, int) for path, _ in keras.tree.flatten_with_path(loss) for key in path
+    ):
+        return (
+            f"`model` was compiled with a list within `loss={loss}`. Write each loss by itself, "
+            "and nested outputs as dicts:\n"
+            "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
+        )
     losses, found = _by_path(model, loss), _by_path(model, loss_weights)
     names = {path: _path_name(path) for path, value in losses.items() if value is not None}
     fixed = _fixed(model, entries)

@@ -280,8 +280,6 @@ def _check_outputs(argument: str, outputs: Any, names: list[str]) -> None:
 
 
 # What `compile` wraps a loss function in, for its mean, mask, sample weights and ranks. Keras
-
-
 # exports only its subclasses.
 _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 

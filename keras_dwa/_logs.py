@@ -155,6 +155,17 @@ def add_val_base_loss(
     return None
 
 
+def logged_if_recorded(
+    logs: Logs, names: Sequence[str], recorded: Vector, logged: Sequence[str]
+) -> Vector:
+    """The recorded averages of a validation; those of the logs where they were recorded, too.
+
+    An evaluation since then has a record of its own.
+    """
+    by_name = zip(names, recorded.tolist(), strict=True)
+    return np.array([logs.get(f"val_{n}_loss", v) if n in logged else v for n, v in by_name])
+
+
 def _base_loss(total: float, parts: Vector, base_parts: Vector, losses: Vector) -> float:
     """What `total`, the sum of weighted `parts` and more, would be under the base weights."""
     weighted, base_loss = float(parts.sum()), float(base_parts.sum())

@@ -27,7 +27,7 @@ from keras_dwa._ledger import (
     repeat_count,
     total,
 )
-from keras_dwa._loss_weights import LossWeight, LossWeights
+from keras_dwa._loss_weights import LossWeight, LossWeights, State
 from keras_dwa._run import Run
 from keras_dwa._sums import NewSums, RecordSums, TrackerSums
 
@@ -136,7 +136,7 @@ class LossWeighting(keras.callbacks.Callback):
         self.verbose = verbose
         rules = [cls.__name__ for cls in type(self).__mro__]
         self._weights = LossWeights(_arguments.check_outputs(outputs), rules)
-        self._weights.before_change = self._close_segment
+        self._weights.before_change = self._before_change
         self._run: Run | None = None
         # The latest windows that are over.
         self._windows: deque[Window] = deque(maxlen=1000)
@@ -196,8 +196,8 @@ class LossWeighting(keras.callbacks.Callback):
         source = RecordSums(record) if record is not None and by_record else trackers
         over_ranks = partial(_ranks.total_in_fit, weights=weights, parallel=parallel)
         sums = NewSums(source, weights.marks, over_ranks)
-        is_first = weights.state.window[-1] == 0
-        self._run = Run(model, self.params, sums, by_record, parallel, is_first)
+        begins_window = weights.state.window[-1] == 0
+        self._run = Run(model, self.params, sums, by_record, parallel, begins_window)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         run, weights = self._this_run(), self._weights
@@ -212,6 +212,8 @@ class LossWeighting(keras.callbacks.Callback):
         weights.is_loaded = False
         run.begin_epoch()
         run.sums.begin()
+        if self._window_size:
+            run.sums.take(weights.vector.current)  # What an evaluation since Keras's reset left.
         if self.verbose and self._prints_at_begin:
             _logs.print_weights(type(self).__name__, self._current(), epoch)
         self._warn()
@@ -244,12 +246,14 @@ class LossWeighting(keras.callbacks.Callback):
         run.end_batch(batch)
         if logs and not run.has_logs:
             run.has_logs = True
-            weights = self._weights
-            _logs.check_first_logs(logs, weights.names, weights.vector.current, run.by_record)
+            # In this order, for another thread adds to the ledger before it changes the weights.
+            current, ledger = self._weights.vector.current, run.ledger
+            had = ledger[0].weights if ledger else current
+            _logs.check_first_logs(logs, self._weights.names, had, run.by_record)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
-        run = self._run
-        if run is None or run.thread != threading.get_ident():
+        run = self._run_of_test()
+        if run is None:
             return
         self._sync()
         self._weights.vector.restore()
@@ -260,8 +264,8 @@ class LossWeighting(keras.callbacks.Callback):
             run.sums.begin()  # As Keras does, unless the model's `metrics` hides the record.
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
-        run, weights = self._run, self._weights
-        if run is None or run.thread != threading.get_ident():
+        run, weights = self._run_of_test(), self._weights
+        if run is None:
             return
         self._sync()
         recorded = averages(repeat_count(weights.recorded())) if run.by_record else None
@@ -280,6 +284,8 @@ class LossWeighting(keras.callbacks.Callback):
         self._check_effect(logs, ledger, losses)
         _logs.add_base_loss(logs, ledger, losses, weights.base_weights)
         had, recorded = run.validation or (weights.vector.current, None)
+        if recorded is not None:
+            recorded = _logs.logged_if_recorded(logs, weights.names, recorded, weights.logged or ())
         message = _logs.add_val_base_loss(logs, weights.names, had, weights.base_weights, recorded)
         self._messages += [message] if message else []
         self._end_epoch(run, epoch, logs, losses)
@@ -291,7 +297,8 @@ class LossWeighting(keras.callbacks.Callback):
     def on_train_end(self, logs: dict[str, float] | None = None) -> None:
         run, state, size = self._run, self._weights.state, self._window_size
         self._run, self._assigned = None, {}
-        if run is not None and run.is_first and size and not state.periods and state.window[-1]:
+        is_short = size is not None and state.periods == 0 and state.window[-1] > 0
+        if run is not None and run.begins_window and is_short:
             self._messages.append(
                 f"moved no weight: `update_freq={size}` batches are more than the "
                 f"{int(state.window[-1])} that were trained so far. Choose a smaller one, or "
@@ -360,12 +367,6 @@ class LossWeighting(keras.callbacks.Callback):
             RuntimeError: if called in another thread than that of the `fit` under way, as Keras
                 calls `on_train_batch_end` beside the next steps.
         """
-        if self._run is not None and self._run.thread != threading.get_ident():
-            raise RuntimeError(
-                "`assign` was called beside the steps of `fit`, in another thread. Call it in "
-                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`; if that `fit` broke "
-                "off, call `weighting.on_train_end()`."
-            )
         self._sync()
         new = _arguments.check_factors(factors, self.factors, self.base_weights, "`assign`")
         self._weights.replace(replace(self._weights.state, factors=new))
@@ -394,7 +395,9 @@ class LossWeighting(keras.callbacks.Callback):
 
         `on_epoch_end` does the same; call it yourself only in a loop without `fit`. If that loop
         calls `train_on_batch`, call `set_model(model)` before it, as `fit` does: the model then
-        hands the weights to its compiled step. Call `step` before `evaluate`, which records, too.
+        hands the weights to its compiled step. Each `train_on_batch` forgets what was recorded
+        before it, so give `step` averages of your own there. Call `step` before `evaluate`, which
+        records, too.
 
         In a process group of torch's, as for `DistributedDataParallel`, every rank must call it:
         the averages are those over all ranks, in one all-reduce, and so all have the same weights.
@@ -442,8 +445,6 @@ class LossWeighting(keras.callbacks.Callback):
         self._weights.reset()
         self._assigned, self._static = {}, np.array([True, True])
         self._windows.clear()
-        if self._run is not None:
-            self._run.begin_window()
 
     def get_config(self) -> dict[str, Any]:
         """What makes the same weighting anew, for Keras to save; the model's weights have the rest.
@@ -473,7 +474,7 @@ class LossWeighting(keras.callbacks.Callback):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._weights.before_change = self._close_segment
+        self._weights.before_change = self._before_change
 
     # How the weights move.
 
@@ -518,35 +519,39 @@ class LossWeighting(keras.callbacks.Callback):
             self._close_window()
         weights.state = replace(weights.state, window=run.window(weights.state.window))
         weights.clear_record()
+        self._assigned = {}
         run.begin_epoch()
 
     def _close_window(self) -> None:
         run, weights = self._this_run(), self._weights
         window = run.window(weights.state.window)
         losses = weights.by_name(averages(window[:-1]))
-        closed = Window(int(window[-1]), losses, self._current())
+        closed = Window(int(window[-1]), losses, weights.by_name(run.ledger[-1].weights))
         logs = {f"{name}_loss": loss for name, loss in losses.items()}
         zeros = np.zeros_like(window)
         self._close_period(weights.state.periods, logs, clear_record=False, window=zeros)
         self._windows.append(closed)
-        run.begin_window()
 
     def _in_window(self, batches: int) -> int:
         """How many batches the open window has after so many of the epoch."""
         return int(self._weights.state.window[-1]) + self._this_run().in_window(batches)
 
+    def _before_change(self, state: State) -> None:
+        """Whatever is about to change the weights, or the open window, comes here first."""
+        self._close_segment()
+        if self._run is not None and state.window is not self._weights.state.window:
+            self._run.begin_window()
+
     def _close_segment(self) -> None:
-        """Before weights change: the batches so far had those that there are."""
+        """The batches so far had the weights that there are."""
         run = self._run
         if run is not None and run.batches > run.in_ledger:
             self._sync()
             self._add_segment(run, run.batches)
-            run.next = 0
+            run.next = 1  # Any batch.
 
     def _add_segment(self, run: Run, end: int | None = None) -> None:
-        was_reset = run.sums.is_reset
-        run.add_segment(self._weights.vector.current, end)
-        if was_reset and self._window_size and not np.isfinite(run.ledger[-1].sums[-1]):
+        if run.add_segment(self._weights.vector.current, end) and self._window_size:
             self._messages.append(
                 "does not know the losses of some batches of the epoch: an evaluation took their "
                 "place. In `callbacks`, list the weighting before those that evaluate."
@@ -571,6 +576,12 @@ class LossWeighting(keras.callbacks.Callback):
                 "own call\n    weighting.step({name: average, ...})"
             )
         return run
+
+    def _run_of_test(self) -> Run | None:
+        """The run whose epoch an evaluation is part of, if a batch of it has begun."""
+        run = self._run
+        is_within = run is not None and run.thread == threading.get_ident() and run.next > 0
+        return run if is_within else None
 
     def _needs_sums(self) -> bool:
         """Whether the logs are not enough: the weights move within the epoch, or may do so."""
@@ -645,6 +656,12 @@ class LossWeighting(keras.callbacks.Callback):
         )
 
     def _sync(self) -> None:
+        if self._run is not None and self._run.thread != threading.get_ident():
+            raise RuntimeError(
+                "The weighting was used beside the steps of `fit`, in another thread. Call it in "
+                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`; if that `fit` broke "
+                "off, call `weighting.on_train_end()`."
+            )
         # On JAX, a model's variables have no value while an epoch runs, other than within its step;
         # `Callback.model` puts them back, and the next step takes them from there.
         self.model  # noqa: B018

@@ -147,7 +147,7 @@ class LossWeights(keras.metrics.Metric):
         record: the `LossRecord`; None until `start_recording`.
         logged: the outputs whose recorded averages are the model's logs; None where no model was
             shown yet.
-        before_change: called before the weights or the state change.
+        before_change: called before the state changes, with the new one.
         is_loaded: whether the state was read from a file since the last epoch began.
     """
 
@@ -170,7 +170,7 @@ class LossWeights(keras.metrics.Metric):
         self.record: LossRecord | None = None
         self.marks = Marks()
         self.logged: tuple[str, ...] | None = None
-        self.before_change: Callable[[], None] = _do_nothing
+        self.before_change: Callable[[State], None] = _do_nothing
         self.reset()
 
     def __reduce__(self) -> Any:
@@ -233,7 +233,7 @@ class LossWeights(keras.metrics.Metric):
 
     def replace(self, state: State, clear_record: bool = False) -> None:
         """Goes over to `state`: as a whole, even on Ctrl-C."""
-        self.before_change()
+        self.before_change(state)
         try:
             self._replace(state, clear_record)
         except KeyboardInterrupt:
@@ -309,7 +309,7 @@ def _as_names(array: Any) -> list[str]:
     return names
 
 
-def _do_nothing() -> None:
+def _do_nothing(state: State) -> None:
     pass
 
 

@@ -20,16 +20,16 @@ class Run:
         sums: what is new in the sums of its losses.
         by_record: whether a compound loss records them.
         parallel: torch's `DistributedDataParallel` in which the model trains, if in one.
-        is_first: whether no batch was trained before it.
+        begins_window: whether no window is open as it begins.
 
     Attributes:
         thread: the thread of the run.
-        next: the batch before which there is something to do.
+        next: the batch before which there is something to do; 0 until one begins.
         is_checked: whether it was checked what the first batches used.
         has_logs: whether the logs of a batch were checked.
         begun: the batch that began last; 0 before the first of an epoch.
         ledger: the segments of the epoch so far.
-        validation: the weights and the recorded sums of the epoch's validation, if it had one.
+        validation: the weights and the recorded averages of the epoch's validation, if it had one.
     """
 
     def __init__(
@@ -39,11 +39,11 @@ class Run:
         sums: NewSums,
         by_record: bool,
         parallel: Any,
-        is_first: bool,
+        begins_window: bool,
     ) -> None:
         self.thread = threading.get_ident()
         self.sums, self.by_record, self.parallel = sums, by_record, parallel
-        self.is_first = is_first
+        self.begins_window = begins_window
         self._steps_per_execution = model.steps_per_execution
         # Now, for `evaluate(callbacks=...)` gives others.
         self._steps = (params or {}).get("steps") or math.inf
@@ -78,20 +78,25 @@ class Run:
         """How many batches of the epoch are in the ledger."""
         return self.ledger[-1].end if self.ledger else 0
 
-    def add_segment(self, weights: Vector, end: int | None = None) -> None:
+    def add_segment(self, weights: Vector, end: int | None = None) -> bool:
         """Adds the batches that are not in the ledger yet.
 
         Args:
             weights: the weights that they had.
             end: how many batches of the epoch there are up to the last of them. None where Keras
                 waits for no ends, so that it may be one less: they count with the next segment.
+
+        Returns:
+            Whether a reset took their losses.
         """
-        new = self.sums.take(weights)
+        is_reset, new = self.sums.is_reset, self.sums.take(weights)
         begun = self.begun + self._steps_per_execution if end is None else end
-        if begun <= self._read and not np.isfinite(new[-1]):
-            new = np.zeros_like(new)  # A reset had nothing to lose.
+        is_lost = is_reset and begun > self._read
+        if is_reset and not is_lost:
+            new = np.zeros_like(new)
         self._read = begun
         self.ledger.append(Segment(weights, self.in_ledger if end is None else end, new))
+        return is_lost
 
     def begin_window(self) -> None:
         self._window = len(self.ledger)

@@ -33,6 +33,7 @@ class NewSums:
         self, source: Source, marks: Marks, over_ranks: Callable[[Vector], Vector]
     ) -> None:
         self._source, self._marks, self._over_ranks = source, marks, over_ranks
+        self._resets = marks.resets
 
     def begin(self) -> None:
         """An epoch begins, for which Keras has reset the sums."""

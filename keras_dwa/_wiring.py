@@ -147,8 +147,8 @@ def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
         )
     if by_record and is_called and not is_recorded:
         raise ValueError(
-            "What the compound loss recorded is lost. Return from `train_step` the "
-            "`metrics_variables` that `self.stateless_compute_loss` gives; see "
+            "What the compound loss recorded is lost, or `samples` was 0. Return from "
+            "`train_step` the `metrics_variables` that `self.stateless_compute_loss` gives; see "
             "docs/own_steps.md."
         )
 

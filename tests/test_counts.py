@@ -60,13 +60,13 @@ def test_outputs_of_other_first_axes_have_averages_of_their_own(eager, numbers_o
         return weighting.windows
 
     for windows in (
-        fit(LossWeightScheduler(["graph", "node"], halve, update_freq=2)),
-        fit(dwa := DynamicWeightAverage(["graph", "node"], update_freq=1)),
+        fit(LossWeightScheduler(["node", "graph"], halve, update_freq=2)),
+        fit(dwa := DynamicWeightAverage(["node", "graph"], update_freq=1)),
     ):
         for window in windows:
-            np.testing.assert_allclose(list(window.losses.values()), [1.0, 4.0], rtol=1e-5)
+            np.testing.assert_allclose(list(window.losses.values()), [4.0, 1.0], rtol=1e-5)
     np.testing.assert_allclose(list(dwa.factors.values()), [1.0, 1.0], rtol=1e-5)
-    weighting = LossWeighting(["graph", "node"])
+    weighting = LossWeighting(["node", "graph"])
     assign = Lambda(
         on_train_batch_begin=lambda batch, logs: batch == 1 and weighting.assign({"node": 0.25})
     )
@@ -216,6 +216,54 @@ def test_evaluation_within_an_epoch_that_has_the_callback_leaves_windows_alone()
     assert [window.batches for window in windows] == [window.batches for window in expected]
     for window, other in zip(windows, expected, strict=True):
         np.testing.assert_allclose(window.losses["easy"], other.losses["easy"], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("hook", "is_first", "with_callback"),
+    [
+        ("on_train_begin", False, True),
+        ("on_epoch_begin", True, False),
+        ("on_epoch_begin", False, True),
+        ("on_epoch_end", True, True),
+        ("on_test_end", False, True),
+    ],
+)
+def test_evaluation_beside_the_batches_leaves_windows_and_logs_alone(hook, is_first, with_callback):
+    def run(evaluates):
+        keras.utils.set_random_seed(0)
+        schedule = LossWeightScheduler(list(LOSSES), halve, update_freq=3)
+        model, busy = ComputeLoss(schedule), []
+        model.compile(keras.optimizers.SGD(0.0))
+
+        def evaluate(*args, **logs):
+            if evaluates and not busy:
+                busy.append(True)
+                callbacks = [schedule] if with_callback else []
+                model.evaluate(2 * X, Y, batch_size=8, verbose=0, callbacks=callbacks)
+                busy.clear()
+
+        callbacks = [schedule, Lambda(**{hook: evaluate})][:: -1 if is_first else 1]
+        fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "shuffle": False}
+        history = model.fit(X, Y, validation_data=(X, Y), callbacks=callbacks, **fit).history
+        return history, schedule.windows
+
+    (history, windows), (expected, expected_windows) = run(True), run(False)
+    # Keras's own `loss` counts what was evaluated as an epoch began.
+    for key in expected if hook != "on_epoch_begin" else ("easy_weight", "val_base_loss"):
+        np.testing.assert_allclose(history[key], expected[key], rtol=1e-5)
+    assert [window.weights for window in windows] == [w.weights for w in expected_windows]
+    for window, other in zip(windows, expected_windows, strict=True):
+        assert window.batches == other.batches
+        np.testing.assert_allclose(window.losses["easy"], other.losses["easy"], rtol=1e-5)
+
+
+def test_schedule_that_begins_with_all_losses_off_is_no_alarm():
+    schedule = LossWeightScheduler(
+        list(LOSSES), lambda period, factors: dict.fromkeys(factors, period / 10), update_freq=1
+    )
+    fit = {"batch_size": 8, "epochs": 1, "verbose": 0}
+    history = compiled(schedule).fit(X, Y, callbacks=[schedule], **fit).history
+    np.testing.assert_allclose(history["easy_weight"], [0.2], rtol=1e-6)
 
 
 def test_weight_is_read_in_another_thread_beside_the_steps():

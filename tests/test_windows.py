@@ -322,6 +322,25 @@ def test_reset_within_an_epoch_leaves_the_batches_after_it(way):
     check_base_loss(history)
 
 
+def test_file_that_is_read_within_an_epoch_begins_its_window(way, tmp_path):
+    model, dwa = start(way, 3, keras.optimizers.SGD(0.0))
+    dwa.set_model(model)
+    model.save_weights(file := tmp_path / "file.weights.h5")
+    load = Lambda(on_train_batch_begin=lambda batch, logs: batch == 2 and model.load_weights(file))
+    fit(model, dwa, load, epochs=1)
+    (window,) = dwa.windows
+    assert window.batches == 3
+    np.testing.assert_allclose(window.losses["easy"], easy_losses(model)[2:].mean(), rtol=1e-5)
+
+
+@one_backend
+def test_window_has_the_weights_of_its_last_batch_whatever_is_assigned_after_it():
+    weighting = LossWeighting(BASE, update_freq=BATCHES)
+    assign = Lambda(on_epoch_end=lambda epoch, logs: weighting.assign({"easy": 3.5}))
+    fit(make("compile", weighting), assign, weighting, epochs=1)
+    assert weighting.windows[0].weights == BASE
+
+
 @one_backend
 def test_hooks_called_by_hand_have_no_sums_and_the_mean_goes_by_batches():
     weighting = LossWeighting(BASE)

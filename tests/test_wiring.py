@@ -200,7 +200,7 @@ MISWIRINGS = {
             names=["easy"], weights=lambda ours: {**ours, "hard": new().loss_weights["hard"]}),
         row("no_number_beside", "the outputs ['easy']", OUTPUTS, names=["easy"],
             weights=lambda ours: {**ours, "hard": None}),
-        row("lists_in_a_dict", "losses for ['easy/0', 'hard/0']", CALL[:12],
+        row("lists_in_a_dict", "['mse']", "loss={'depth': 'mae',",
             loss={"easy": ["mse"], "hard": ["mae"]}),
         # Keras pairs it with the outputs in the model's order, not in that of the loss dict.
         row("list_of_weights", "the structure of `loss={'easy'", "Found `loss_weights=[<Loss",
