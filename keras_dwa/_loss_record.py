@@ -67,7 +67,7 @@ class LossRecord:
 
     def clear(self) -> None:
         """Sets all to zero."""
-        self.variable.assign(keras.ops.zeros(self.variable.shape, self.variable.dtype))
+        self.variable.assign(keras.ops.zeros(self.variable.shape))
         self._counted = self._taken = 0.0
 
     def take(self) -> NDArray[np.float64]:
