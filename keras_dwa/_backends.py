@@ -68,8 +68,11 @@ class Backend:
 
     def to_host(self, variables: Sequence[Any]) -> NDArray[np.float64]:
         """The values of scalar variables, in one transfer: float64."""
-        tensors = [keras.ops.convert_to_tensor(variable) for variable in variables]
-        values: NDArray[Any] = keras.ops.convert_to_numpy(keras.ops.stack(tensors))
+        # `keras.ops.stack` refuses variables of TensorFlow's replicas.
+        is_tensorflow = keras.backend.backend() == "tensorflow"
+        ops: Any = sys.modules["tensorflow"] if is_tensorflow else keras.ops
+        stacked = ops.stack([ops.convert_to_tensor(variable.value) for variable in variables])
+        values: NDArray[Any] = keras.ops.convert_to_numpy(stacked)
         return values.astype(np.float64)
 
 
@@ -79,16 +82,6 @@ class JaxBackend(Backend):
     def to_host(self, variables: Sequence[Any]) -> NDArray[np.float64]:
         values = sys.modules["jax"].device_get([variable.value for variable in variables])
         return np.array(values, dtype=np.float64)
-
-
-class TensorFlowBackend(Backend):
-    """TensorFlow, where `keras.ops.stack` refuses variables of replicas."""
-
-    def to_host(self, variables: Sequence[Any]) -> NDArray[np.float64]:
-        tensorflow = sys.modules["tensorflow"]
-        tensors = [tensorflow.convert_to_tensor(variable.value) for variable in variables]
-        values: NDArray[Any] = tensorflow.stack(tensors).numpy()
-        return values.astype(np.float64)
 
 
 class TorchBackend(Backend):
@@ -137,5 +130,5 @@ def widest_float(*dtypes: Any) -> str:
     return "float64" if "float64" in names else keras.backend.result_type(*names)
 
 
-backends = {"jax": JaxBackend, "tensorflow": TensorFlowBackend, "torch": TorchBackend}
+backends = {"jax": JaxBackend, "torch": TorchBackend}
 backend = backends.get(keras.backend.backend(), Backend)()

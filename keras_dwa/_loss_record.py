@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_dwa._backends import backend, widest_float
+from keras_dwa._ledger import Vector, repeat_count
 
 
 class LossRecord:
@@ -70,11 +71,11 @@ class LossRecord:
         self.variable.assign(keras.ops.zeros(self.variable.shape))
         self._counted = self._taken = 0.0
 
-    def take(self) -> NDArray[np.float64]:
-        """The sums since the last call: of the losses, and of samples. Shape `(K + 1,)`."""
+    def take(self, weights: Vector) -> Vector:
+        """The `Segment.sums` of the batches since the last call; each use of a loss is one."""
         values = self.values()
         counted = float(values[0, -1])
-        new: NDArray[np.float64] = values[1]
+        new = values[1]
         # On JAX, Keras undoes what is assigned as a batch begins, if the data then had none.
         if new[-1] - (counted - self._counted) > 0.5 * self._taken:
             new = np.zeros_like(new)
@@ -82,7 +83,7 @@ class LossRecord:
         first = keras.ops.convert_to_tensor(self.variable)[:1]
         self.variable.assign(keras.ops.concatenate([first, keras.ops.zeros_like(first)]))
         self._counted, self._taken = counted, float(new[-1])
-        return new
+        return repeat_count(new)
 
 
 def to_numpy(tensor: Any) -> NDArray[Any]:

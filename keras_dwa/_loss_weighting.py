@@ -29,7 +29,7 @@ from keras_dwa._ledger import (
 )
 from keras_dwa._loss_weights import LossWeight, LossWeights, State
 from keras_dwa._run import Run
-from keras_dwa._sums import NewSums, RecordSums, TrackerSums
+from keras_dwa._sums import NewSums, TrackerSums
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ class LossWeighting(keras.callbacks.Callback):
         # From Keras 3.16 on, `fit` trains in the ranks that there are.
         parallel = self._wrapper or getattr(model, "ddp_model", None)
         trackers, record = TrackerSums(model, weights.names), weights.record
-        source = RecordSums(record) if record is not None and by_record else trackers
+        source = record if record is not None and by_record else trackers
         over_ranks = partial(_ranks.total_in_fit, weights=weights, parallel=parallel)
         sums = NewSums(source, weights.marks, over_ranks)
         begins_window = weights.state.window[-1] == 0

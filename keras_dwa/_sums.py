@@ -1,23 +1,14 @@
 """What Keras, or a compound loss, has summed up of the losses since it was last asked."""
 
 from collections.abc import Callable
-from typing import Protocol
 
 import keras
 import numpy as np
 
 from keras_dwa._backends import backend
-from keras_dwa._ledger import Vector, repeat_count
+from keras_dwa._ledger import Vector
 from keras_dwa._loss_record import LossRecord
 from keras_dwa._loss_weights import Marks
-
-
-class Source(Protocol):
-    def begin(self) -> None:
-        """An epoch begins."""
-
-    def new(self, weights: Vector) -> Vector:
-        """The `Segment.sums` of the batches since the last call, under these weights."""
 
 
 class NewSums:
@@ -30,14 +21,17 @@ class NewSums:
     """
 
     def __init__(
-        self, source: Source, marks: Marks, over_ranks: Callable[[Vector], Vector]
+        self,
+        source: "TrackerSums | LossRecord",
+        marks: Marks,
+        over_ranks: Callable[[Vector], Vector],
     ) -> None:
         self._source, self._marks, self._over_ranks = source, marks, over_ranks
         self._resets = marks.resets
 
     def begin(self) -> None:
         """An epoch begins, for which Keras has reset the sums."""
-        self._source.begin()
+        self._source.clear()
         self._resets = self._marks.resets
 
     @property
@@ -47,7 +41,7 @@ class NewSums:
 
     def take(self, weights: Vector) -> Vector:
         """What is new: a `Segment.sums` of batches with these weights, NaN if it is not known."""
-        new = self._source.new(weights)
+        new = self._source.take(weights)
         if self.is_reset:
             new = np.full_like(new, np.nan)
             self._resets = self._marks.resets
@@ -59,12 +53,14 @@ class TrackerSums:
 
     def __init__(self, model: keras.Model, names: tuple[str, ...]) -> None:
         self._model, self._names = model, names
-        self.begin()
+        self.clear()
 
-    def begin(self) -> None:
+    def clear(self) -> None:
+        """Takes them to be zero."""
         self._taken = np.zeros(2 * len(self._names) + 1)
 
-    def new(self, weights: Vector) -> Vector:
+    def take(self, weights: Vector) -> Vector:
+        """The `Segment.sums` of the batches since the last call, which had these weights."""
         trackers = {m.name: m for m in self._model.metrics if isinstance(m, keras.metrics.Mean)}
         keys = [f"{name}_loss" for name in self._names]
         # Keras logs the loss of a single output as `loss` alone, weighted.
@@ -82,17 +78,3 @@ class TrackerSums:
         # A step of the user's own may leave `loss` alone.
         new[-1] = new[-1] or new[len(keys)]
         return new
-
-
-class RecordSums:
-    """What a compound loss recorded: each use of it is a batch."""
-
-    def __init__(self, record: LossRecord) -> None:
-        self._record = record
-
-    def begin(self) -> None:
-        # Keras does not, where the model's `metrics` hides the record.
-        self._record.clear()
-
-    def new(self, weights: Vector) -> Vector:
-        return repeat_count(self._record.take())
