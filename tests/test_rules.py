@@ -94,6 +94,15 @@ def test_hooks_may_be_called_by_a_loop():
         rule.on_epoch_end(3)
 
 
+@one_backend
+def test_hooks_without_the_begin_of_a_training_say_so():
+    rule = Count(NAMES)
+    rule.on_train_batch_begin(0)
+    rule.on_train_batch_end(0)
+    with pytest.raises(RuntimeError, match="`on_train_begin` was not called"):
+        rule.on_epoch_end(0)
+
+
 # What it returns.
 
 
