@@ -590,6 +590,10 @@ class LossWeighting(keras.callbacks.Callback):
 
     def _has_losses(self, run: Run) -> bool:
         """Whether the epoch that ends had a batch, and in it a use of the compound loss."""
+        if run.parallel is not None:
+            # On all ranks, or what follows would wait for each other.
+            known = np.full(len(self.outputs), 0.0 if run.batches else np.nan)
+            _ranks.same_on_ranks(known, self._weights, run.parallel)
         if run.batches == 0:
             return False
         self._check_first_batches()
@@ -602,9 +606,6 @@ class LossWeighting(keras.callbacks.Callback):
 
     def _end_empty_epoch(self, run: Run, epoch: int) -> None:
         """Ends an epoch without losses."""
-        if run.parallel is not None:
-            nothing = np.full(len(self.outputs), np.nan)
-            _ranks.same_on_ranks(nothing, self._weights, run.parallel)
         what = "use of its compound loss" if run.batches else "batch"
         self._messages.append(
             f"holds the loss weights: epoch {epoch + 1} had no {what}. (In a loop of your own, "

@@ -229,6 +229,9 @@ def test_evaluation_within_an_epoch_that_has_the_callback_leaves_windows_alone()
     ],
 )
 def test_evaluation_beside_the_batches_leaves_windows_and_logs_alone(hook, is_first, with_callback):
+    if BACKEND == "jax" and keras.__version__ == "3.10.0" and hook.endswith("_begin"):
+        pytest.skip("Keras 3.10 cannot evaluate there")
+
     def run(evaluates):
         keras.utils.set_random_seed(0)
         schedule = LossWeightScheduler(list(LOSSES), halve, update_freq=3)
