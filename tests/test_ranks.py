@@ -179,7 +179,7 @@ def callback_list(rank, ranks, update_freq="epoch", members=(0, 1), empty=False)
     """A loop that calls callbacks as `fit` does, for the model that DDP wraps on some ranks.
 
     Returns the history, the windows, and the error of a fifth epoch, if any. In that, the logs of
-    each rank have another loss, which counts for nothing; or the last rank has no batch, if `empty`.
+    each rank have another loss, which counts for nothing; if `empty`, the last rank has no batch.
     """
     group = torch.distributed.new_group(members)
     if rank not in members:
