@@ -82,6 +82,12 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
             "and nested outputs as dicts:\n"
             "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
         )
+    return _pairing_problem(model, entries)
+
+
+def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:
+    """What is wrong with how the losses of `model` are paired with our weights, if anything."""
+    loss, loss_weights = model.loss, compiled_loss_weights(model)
     losses, found = _by_path(model, loss), _by_path(model, loss_weights)
     names = {path: _path_name(path) for path, value in losses.items() if value is not None}
     fixed = _fixed(model, entries)

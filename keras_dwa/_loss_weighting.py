@@ -601,7 +601,8 @@ class LossWeighting(keras.callbacks.Callback):
             self._close_segment()
         if not run.by_record or total(run.ledger)[-1] != 0:
             return True
-        _wiring.check_use(self.model, is_first=self._weights.state.periods == 0)
+        if self._weights.state.periods == 0:
+            raise ValueError(_wiring.unused_message(self.model))
         return False
 
     def _end_empty_epoch(self, run: Run, epoch: int) -> None:

@@ -153,14 +153,13 @@ def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
         )
 
 
-def check_use(model: keras.Model, is_first: bool) -> None:
-    """Raises a ValueError if a model has not called its compound loss in its first epoch."""
-    if is_first:
-        raise ValueError(
-            "`model` was neither compiled with the loss weights, nor called the compound loss. "
-            f"Call it in `{own_step(model)}`, or write\n"
-            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
-        )
+def unused_message(model: keras.Model) -> str:
+    """What to tell of a model that did not call its compound loss in its first epoch."""
+    return (
+        "`model` was neither compiled with the loss weights, nor called the compound loss. "
+        f"Call it in `{own_step(model)}`, or write\n"
+        "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+    )
 
 
 def static_sums(
