@@ -1,5 +1,6 @@
 """Every check of what a weighting is given, and its message."""
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -74,26 +75,37 @@ def check_factors(
         factor = factors[name]
         if factor is None or not 0 <= factor * base_weight <= largest:
             raise ValueError(
-                f"{source} gave {found[name]!r} for {name!r}. A factor is a finite number >= 0, "
-                f"also times its base weight, in {keras.config.floatx()}."
+                f"{source} gave {found.get(name, factor)!r} for {name!r}. A factor is a finite "
+                f"number >= 0, also times its base weight, in {keras.config.floatx()}."
             )
     return np.array(list(factors.values()))
 
 
-def check_losses(losses: Mapping[str, Any], names: Sequence[str]) -> Vector:
-    """The averages given to `step`, in the order of `names`: float64, shape `(K,)`."""
+def check_losses(losses: Mapping[str, Any], names: Sequence[str], method: str) -> Vector:
+    """The averages given to a method, in the order of `names`: float64, shape `(K,)`."""
     if set(losses) != set(names):
         raise ValueError(
-            f"`step` takes one loss per output of {list(names)}. Found {list(losses)}."
+            f"`{method}` takes one loss per output of {list(names)}. Found {list(losses)}."
         )
     averages = [as_float(losses[name]) for name in names]
     if None in averages:
         name = names[averages.index(None)]
         raise ValueError(
-            "`step` takes the average of each loss over the epoch, a real number or a scalar "
-            f"tensor. Found {losses[name]!r} for {name!r}."
+            f"`{method}` takes the average of each loss, a real number or a scalar tensor. Found "
+            f"{losses[name]!r} for {name!r}."
         )
     return np.array(averages, dtype=np.float64)
+
+
+def check_scale(losses: Mapping[str, float]) -> None:
+    """Raises a ValueError unless base weights can be divided by the losses."""
+    for name, loss in losses.items():
+        if not 0 < loss < math.inf:
+            raise ValueError(
+                f"`adapt` divides by each loss: a finite number > 0. Found {loss} for {name!r}. "
+                "Give the average that it usually has:\n"
+                f"    weighting.adapt({{{', '.join(f'{name!r}: ...' for name in losses)}}})"
+            )
 
 
 def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:

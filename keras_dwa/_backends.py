@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import keras
@@ -75,6 +76,10 @@ class Backend:
         values: NDArray[Any] = keras.ops.convert_to_numpy(stacked)
         return values.astype(np.float64)
 
+    def restored_random_state(self) -> AbstractContextManager[None]:
+        """Puts back the random state of what reads the data: none, where that only reads."""
+        return nullcontext()
+
 
 class JaxBackend(Backend):
     """JAX, where an operation outside a compiled step takes far longer than within."""
@@ -107,6 +112,11 @@ class TorchBackend(Backend):
         if not isinstance(samples, int) or samples != 1:
             row = row.to(sums.dtype) * samples
         sums.add_(row)
+
+    def restored_random_state(self) -> AbstractContextManager[None]:
+        # Whatever it shuffles, a `DataLoader` draws a seed.
+        context: AbstractContextManager[None] = sys.modules["torch"].random.fork_rng(devices=[])
+        return context
 
 
 def _stacked(terms: Any) -> Any:

@@ -105,6 +105,18 @@ def undefined_rates(
     return undefined
 
 
+def scaled_weights(
+    base_weights: NDArray[np.float64], losses: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Base weights `b_k / L_k`, which sum to what `b_k` sum to. Shape `(K,)`.
+
+    Under these, each of the losses `L_k` has the share of the total that its `b_k` has of the sum.
+    """
+    weights = base_weights * (losses.min() / losses)  # None overflows.
+    scaled: NDArray[np.float64] = weights * (base_weights.sum() / weights.sum())
+    return scaled
+
+
 def check_temperature(temperature: float) -> float:
     """The temperature as a Python float, or a ValueError if it is not finite and > 0."""
     if not is_positive(temperature):

@@ -183,5 +183,16 @@ def _base_loss(total: float, parts: Vector, base_parts: Vector, losses: Vector) 
 
 def print_weights(source: str, weights: Mapping[str, float], epoch: int) -> None:
     """Prints the weights in the manner of Keras's callbacks."""
-    shown = ", ".join(f"{name}: {weight:.4f}" for name, weight in weights.items())
-    print(f"\nEpoch {epoch + 1}: {source} setting loss weights to {shown}.")
+    print(f"\nEpoch {epoch + 1}: {source} setting loss weights to {_shown(weights)}.")
+
+
+def print_base_weights(
+    source: str, base_weights: Mapping[str, float], losses: Mapping[str, float]
+) -> None:
+    """Prints what `adapt` found, and what it set."""
+    print(f"\n{source} setting base weights to {_shown(base_weights)}.")
+    print(f"The losses are {_shown(losses)}.")
+
+
+def _shown(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name}: {value:.4f}" for name, value in values.items())

@@ -15,6 +15,8 @@ import numpy as np
 
 from keras_dwa import _arguments, _logs, _ranks, _wiring
 from keras_dwa._compiled import fixed_part
+from keras_dwa._evaluation import evaluated_sums
+from keras_dwa._formula import scaled_weights
 from keras_dwa._ledger import (
     Ledger,
     Segment,
@@ -315,7 +317,7 @@ class LossWeighting(keras.callbacks.Callback):
 
     @property
     def base_weights(self) -> Mapping[str, float]:
-        """The base weights by output name, which stay as they are."""
+        """The base weights by output name: those given, scaled once `adapt` was called."""
         return MappingProxyType(self._weights.by_name(self._weights.base_weights))
 
     @property
@@ -371,6 +373,75 @@ class LossWeighting(keras.callbacks.Callback):
         new = _arguments.check_factors(factors, self.factors, self.base_weights, "`assign`")
         self._weights.replace(replace(self._weights.state, factors=new))
         self._assigned.update({name: self.factors[name] for name in factors})
+
+    def adapt(
+        self,
+        model: keras.Model | Mapping[str, float],
+        x: Any = None,
+        y: Any = None,
+        *,
+        all_ranks: bool = True,
+        **evaluate: Any,
+    ) -> None:
+        """Scales the base weights so that each loss starts with its share of the total.
+
+        The base weight `b_k` of a loss that is `L_k` on average becomes `b_k / L_k`, times a number
+        that keeps their sum. From then on, these are the base weights: of `base_loss`, and of every
+        rule. The given ones stay in `get_config`; the scale is stored with the factors, and stays
+        in a `reset`. Adapting again replaces it.
+
+        Call it after `compile`, before `fit` or between two:
+
+            weighting.adapt(model, x, y)
+            model.fit(x, y, callbacks=[weighting])
+
+        It helps where losses of the same importance differ in scale. Do not use it
+
+        - for a penalty, such as a KL divergence, which is not meant to have a share: give it a
+          number or a schedule;
+        - for regressions in raw units: scale the targets instead;
+        - for losses that may be negative or end at 0.
+
+        Args:
+            model: a model compiled with the weights, or with a compound loss that `evaluate` uses.
+                One `evaluate` of it finds the losses; parameters, metrics and random seeds stay as
+                they are. Or a dict of output name to average loss, for other loops.
+            x: as in `evaluate`.
+            y: as in `evaluate`.
+            all_ranks: False for ranks of torch's that train different models. The averages are
+                otherwise those over all ranks, and every rank must call it; averages that are given
+                must be the same on each.
+            **evaluate: more arguments of `evaluate`: `batch_size`, `sample_weight`, `steps`, ...
+
+        Raises:
+            ValueError: if a loss is not finite and > 0, or its base weight would not be finite and
+                > 0; if a name is not an output's, or the model not as `fit` needs it.
+            RuntimeError: if the ranks differ.
+        """
+        self._sync()
+        weights = self._weights
+        if isinstance(model, Mapping):
+            if x is not None or y is not None or evaluate:
+                raise ValueError("`adapt` takes a model with data, or averages without any.")
+            losses = _arguments.check_losses(model, weights.names, "adapt")
+            losses = _ranks.same_on_ranks(losses, weights) if all_ranks else losses
+        elif not isinstance(model, keras.Model):
+            raise ValueError(
+                "`adapt` takes a compiled model and its data, or a dict of output name to average "
+                f"loss. Found {model!r}."
+            )
+        else:
+            self.set_model(model)
+            sums = evaluated_sums(self.model, weights, {"x": x, "y": y, **evaluate})
+            losses = averages(_ranks.total_of_ranks(sums, weights) if all_ranks else sums)
+        by_name = weights.by_name(losses)
+        _arguments.check_scale(by_name)
+        base_weights = weights.by_name(scaled_weights(weights.given, losses))
+        _arguments.check_outputs(base_weights)
+        _arguments.check_factors({}, self.factors, base_weights, "`adapt`")
+        weights.replace(replace(weights.state, scale=losses))
+        if self.verbose:
+            _logs.print_base_weights(type(self).__name__, base_weights, by_name)
 
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
         """The factors of the next epoch: the method to override. By itself it moves nothing.
@@ -431,7 +502,7 @@ class LossWeighting(keras.callbacks.Callback):
                     "before `train_on_batch`, call `weighting.set_model(model)`."
                 )
         else:
-            given = _arguments.check_losses(losses, weights.names)
+            given = _arguments.check_losses(losses, weights.names, "step")
             values = _ranks.same_on_ranks(given, weights) if all_ranks else given
         if values is not None:
             logs = {f"{name}_loss": value for name, value in weights.by_name(values).items()}
@@ -440,7 +511,10 @@ class LossWeighting(keras.callbacks.Callback):
         return self._current()
 
     def reset(self) -> None:
-        """Goes back to the first epoch: the base weights, an empty `state`, nothing recorded."""
+        """Goes back to the first epoch: the base weights, an empty `state`, nothing recorded.
+
+        The scale of the base weights that `adapt` found stays.
+        """
         self._sync()
         self._weights.reset()
         self._assigned, self._static = {}, np.array([True, True])
@@ -452,7 +526,8 @@ class LossWeighting(keras.callbacks.Callback):
         A rule with arguments of its own adds them, and is registered by
         `keras.saving.register_keras_serializable`.
         """
-        config = {"outputs": dict(self.base_weights), "verbose": self.verbose}
+        given = self._weights.by_name(self._weights.given)
+        config = {"outputs": given, "verbose": self.verbose}
         windows = {"update_freq": self._window_size} if self._window_size else {}
         return {**config, **windows}
 

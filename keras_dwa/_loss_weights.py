@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_dwa._formula import scaled_weights
 from keras_dwa._ledger import Vector
 from keras_dwa._loss_record import LossRecord, to_numpy
 
@@ -104,6 +105,8 @@ class State:
 
     Attributes:
         factors: what the base weights are multiplied by: float64, shape `(K,)`.
+        scale: the K losses that `adapt` found, which the given base weights are divided by; 1
+            before. Shape `(K,)`.
         memory: name to array, whatever the rule keeps.
         periods: how many epochs, or windows of batches, were closed.
         window: of the window that the last epoch left open: the sums of the K losses, each times
@@ -112,6 +115,7 @@ class State:
     """
 
     factors: Vector
+    scale: Vector
     memory: dict[str, Any]
     periods: int
     window: Vector
@@ -135,12 +139,12 @@ class LossWeights(keras.metrics.Metric):
     otherwise freeze them, without counting them among its own weights.
 
     Args:
-        base_weights: output name to base weight.
+        given: output name to base weight.
         rules: the names of the rule's class and of those that it derives from, in that order.
 
     Attributes:
         names: the outputs' names, in the order of all arrays of shape `(K,)`.
-        base_weights: float64 array of shape `(K,)`.
+        given: the base weights as given: float64, shape `(K,)`.
         vector: the weights, as the step reads them: a variable of shape `(K,)` and dtype `floatx`.
         entries: output name to `LossWeight`.
         state: factors, memory, closed periods and the open window.
@@ -151,13 +155,13 @@ class LossWeights(keras.metrics.Metric):
         is_loaded: whether the state was read from a file since the last epoch began.
     """
 
-    def __init__(self, base_weights: Mapping[str, float], rules: Sequence[str]) -> None:
+    def __init__(self, given: Mapping[str, float], rules: Sequence[str]) -> None:
         super().__init__(name="loss_weighting")
-        self.names, self.rules = tuple(base_weights), tuple(rules)
-        self.base_weights = np.array(list(base_weights.values()), dtype=np.float64)
+        self.names, self.rules = tuple(given), tuple(rules)
+        self.given = np.array(list(given.values()), dtype=np.float64)
         is_jax = keras.backend.backend() == "jax"
         self.vector = (JaxLossWeightVector if is_jax else LossWeightVector)(
-            self.base_weights,
+            self.given,
             dtype=keras.config.floatx(),
             trainable=False,
             autocast=False,
@@ -171,13 +175,14 @@ class LossWeights(keras.metrics.Metric):
         self.marks = Marks()
         self.logged: tuple[str, ...] | None = None
         self.before_change: Callable[[State], None] = _do_nothing
+        self.state = self._initial_state(np.ones(len(self.names)))
         self.reset()
 
     def __reduce__(self) -> Any:
         # Keras would pickle a saved metric, which holds only what `get_config` gives.
         stored: dict[str, Any] = {}
         self.save_own_variables(stored)
-        return _unpickle, (self.by_name(self.base_weights), self.rules, stored)
+        return _unpickle, (self.by_name(self.given), self.rules, stored)
 
     def by_name(self, values: Vector) -> dict[str, float]:
         """An array of shape `(K,)` as floats by output name."""
@@ -224,12 +229,19 @@ class LossWeights(keras.metrics.Metric):
 
     # The state.
 
-    def reset(self) -> None:
-        """Goes back to the base weights and forgets everything."""
-        self.is_loaded = False
+    @property
+    def base_weights(self) -> Vector:
+        """The base weights, scaled by what `adapt` found: float64, shape `(K,)`."""
+        return scaled_weights(self.given, self.state.scale)
+
+    def _initial_state(self, scale: Vector) -> State:
         size = len(self.names)
-        state = State(np.ones(size), {}, periods=0, window=np.zeros(2 * size + 1))
-        self.replace(state, clear_record=True)
+        return State(np.ones(size), scale, {}, periods=0, window=np.zeros(2 * size + 1))
+
+    def reset(self) -> None:
+        """Goes back to the base weights and forgets everything but their scale."""
+        self.is_loaded = False
+        self.replace(self._initial_state(self.state.scale), clear_record=True)
 
     def replace(self, state: State, clear_record: bool = False) -> None:
         """Goes over to `state`: as a whole, even on Ctrl-C."""
@@ -243,7 +255,7 @@ class LossWeights(keras.metrics.Metric):
     def _replace(self, state: State, clear_record: bool) -> None:
         # Even where nothing moves: on JAX, Keras 3.10 compiles the step once more when a variable
         # of the model is assigned between epochs for the first time.
-        self.vector.set(self.base_weights * state.factors)
+        self.vector.set(scaled_weights(self.given, state.scale) * state.factors)
         self.state = state
         if clear_record:
             self.clear_record()
@@ -254,6 +266,7 @@ class LossWeights(keras.metrics.Metric):
         store["rule"] = _as_array([self.rules[0]])
         store["outputs"] = _as_array(list(self.names))
         store["factors"] = self.state.factors
+        store["scale"] = self.state.scale
         store["periods"] = np.array(self.state.periods)
         store["window"] = self.state.window
         # By number, for a name may be none that a file can have.
@@ -284,6 +297,7 @@ class LossWeights(keras.metrics.Metric):
         sums_and_counts = window[:-1].reshape(2, -1)[:, order]
         state = State(
             factors=np.asarray(store["factors"])[order],
+            scale=np.asarray(store["scale"])[order],
             memory=memory if is_ours else {},
             periods=int(np.asarray(store["periods"])),
             window=np.append(sums_and_counts, window[-1]),
@@ -314,8 +328,8 @@ def _do_nothing(state: State) -> None:
 
 
 def _unpickle(
-    base_weights: Mapping[str, float], rules: Sequence[str], stored: dict[str, Any]
+    given: Mapping[str, float], rules: Sequence[str], stored: dict[str, Any]
 ) -> LossWeights:
-    loss_weights = LossWeights(base_weights, rules)
+    loss_weights = LossWeights(given, rules)
     loss_weights.load_own_variables(stored)
     return loss_weights

@@ -12,24 +12,21 @@ from keras_dwa._loss_weights import LossWeights
 
 
 def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
-    """The sums over all ranks of what each has recorded since the last `step`.
-
-    Every rank must call it.
+    """The sums over all ranks. Every rank must call it.
 
     Args:
-        sums: this rank's: float64, shape `(K + 1,)`, all 0 where nothing was recorded.
+        sums: this rank's: float64, the last of them a count.
         weights: those of the weighting.
 
     Raises:
-        RuntimeError: on all ranks, if only some recorded anything, or they are not at one state.
+        RuntimeError: on all ranks, if only some counted anything, or they are not at one state.
     """
     rows = _of_ranks(sums, weights)
     empty = [rank for rank, row in enumerate(rows) if row[-1] == 0]
     if 0 < len(empty) < len(rows):
         raise RuntimeError(
             f"Nothing was recorded since the last `step` on ranks {empty} of {len(rows)}. Each "
-            "needs a batch. For ranks that train different models, write\n"
-            "    weighting.step(all_ranks=False)"
+            "needs a batch. For ranks that train different models, give `all_ranks=False`."
         )
     total: Vector = rows.sum(axis=0)
     return total
@@ -74,15 +71,15 @@ def _of_ranks(values: Vector, weights: LossWeights, parallel: Any = None) -> NDA
     if not (torch and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values[np.newaxis]
     group = getattr(parallel, "process_group", None)
-    known = np.append(weights.state.factors, weights.state.periods)
+    known = np.append(weights.vector.current, weights.state.periods)
     shape = torch.distributed.get_world_size(group), len(known) + len(values)
     tensor = torch.zeros(shape, dtype=torch.float64, device=weights.vector.value.device)
     # Each adds a row of its own: the sum is exact, and says which ranks differ.
     tensor[torch.distributed.get_rank(group)] = torch.as_tensor(np.append(known, values))
     torch.distributed.all_reduce(tensor, group=group)
     rows: NDArray[np.float64] = tensor.cpu().numpy()
-    what = f"factors of {list(weights.names)}, or the epochs or windows before,"
-    _check_same(what, rows[:, : len(known)], "Load and assign the same on all ranks.")
+    what = f"weights of {list(weights.names)}, or the epochs or windows before,"
+    _check_same(what, rows[:, : len(known)], "Give, load and assign the same on all ranks.")
     return rows[:, len(known) :]
 
 
@@ -92,5 +89,5 @@ def _check_same(what: str, rows: NDArray[np.float64], advice: str) -> None:
             raise RuntimeError(
                 f"The {what} differ between ranks. Found {rows[0].tolist()} on rank 0, "
                 f"{row.tolist()} on rank {rank}. {advice} If they train different models in a "
-                "loop of your own, write\n    weighting.step(all_ranks=False)"
+                "loop of your own, give `all_ranks=False`."
             )

@@ -142,12 +142,32 @@ def test_each_rank_says_what_differs(tmp_path):
         assert "Found [1.0, 1.0] on rank 0, [1.0, 2.0] on rank 1. Give" in messages["unequal"]
         assert messages["two ways"] is not None
         assert messages["equal"] == found[0]["equal"] != {"easy": 1.0, "hard": 1.0}
-        assert "factors of ['easy', 'hard']" in messages["factors"]
+        assert "weights of ['easy', 'hard']" in messages["factors"]
         assert "or the epochs or windows before, differ between ranks" in messages["epochs"]
         assert "Found [1.0, 1.0, 0.0] on rank 0, [1.0, 1.0, 1.0]" in messages["epochs"]
-        assert "Load and assign the same on all" in messages["factors"]
+        assert "Give, load and assign the same on all" in messages["factors"]
     assert found[0]["apart"] != found[1]["apart"]
     assert found[0]["apart"] == {"easy": 1.0, "hard": 1.0}
+
+
+def adapted(rank, ranks):
+    """The base weights by unequal shares of the data, and what averages say that differ."""
+    keras.utils.set_random_seed(0)
+    dwa = DynamicWeightAverage(["easy", "hard"])
+    model = dict_model()
+    model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
+    rows = np.arange(len(X)) if ranks == 1 else np.split(np.arange(len(X)), [24])[rank]
+    dwa.adapt(model, X[rows], {name: target[rows] for name, target in Y.items()}, batch_size=8)
+    base_weights = list(dwa.base_weights.values())
+    return {"": base_weights}, message_of(dwa.adapt, {"easy": 1.0, "hard": 1.0 + rank})
+
+
+def test_ranks_adapt_to_the_losses_of_all_of_them(tmp_path):
+    expected, _ = adapted(0, 1)
+    (first, message), (second, other_message) = ranks.run(adapted, 2, tmp_path)
+    check_same(first, expected)
+    assert first == second
+    assert "Found [1.0, 1.0] on rank 0, [1.0, 2.0] on rank 1" in message == other_message
 
 
 def communication(rank, ranks):

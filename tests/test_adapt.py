@@ -1,0 +1,288 @@
+"""`adapt`: base weights that know the scale of the losses."""
+
+import math
+import pickle
+
+import keras
+import numpy as np
+import pytest
+from common import (
+    LOSSES,
+    MODES,
+    ComputeLoss,
+    X,
+    Y,
+    check_run,
+    deep_elsewhere,
+    dict_model,
+    one_backend,
+    train,
+)
+
+from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, LossWeightScheduler
+
+NAMES = ["easy", "hard"]
+# So that the two losses are far apart.
+FAR = {"easy": 10 * Y["easy"], "hard": Y["hard"]}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Noise(keras.layers.Layer):
+    """Draws in an evaluation, too."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = keras.random.SeedGenerator(0)
+
+    def call(self, inputs):
+        return inputs + 0.01 * keras.random.normal(keras.ops.shape(inputs), seed=self.seed)
+
+
+def compiled(model, weighting, **arguments):
+    weights = weighting.loss_weights
+    model.compile(keras.optimizers.SGD(0.001), LOSSES, loss_weights=weights, **arguments)
+    return model
+
+
+def shares(logs, weighting):
+    """The share of each loss in the total, by an evaluation's or an epoch's logs."""
+    parts = {n: weighting.base_weights[n] * logs[f"{n}_loss"] for n in weighting.outputs}
+    return {name: part / sum(parts.values()) for name, part in parts.items()}
+
+
+def test_each_loss_starts_with_its_share_and_the_weights_reach_the_step(mode):
+    dwa = DynamicWeightAverage({"easy": 3.0, "hard": 1.0}, temperature=0.2)
+    model = compiled(dict_model(), dwa, **mode)
+    dwa.adapt(model, X, FAR, batch_size=8)
+    assert sum(dwa.base_weights.values()) == pytest.approx(4)
+    assert dwa.base_weights["easy"] < 1
+    logs = model.evaluate(X, FAR, batch_size=8, verbose=0, return_dict=True)
+    assert shares(logs, dwa) == pytest.approx({"easy": 0.75, "hard": 0.25}, rel=1e-5)
+    fit = {"batch_size": 8, "epochs": 4, "verbose": 0, "validation_data": (X, FAR)}
+    check_run(model.fit(X, FAR, callbacks=[dwa], **fit).history, dwa)
+
+
+def noisy_model():
+    inputs = keras.Input((4,))
+    features = keras.layers.BatchNormalization()(keras.layers.Dense(6)(Noise()(inputs)))
+    features = keras.layers.Dropout(0.2)(features)
+    return keras.Model(
+        inputs, {"easy": keras.layers.Dense(1)(features), "hard": keras.layers.Dense(2)(features)}
+    )
+
+
+@pytest.mark.parametrize("eager", [False, True] if "eager" in MODES else [False])
+def test_nothing_else_moves(eager):
+    def trained(adapts):
+        keras.utils.set_random_seed(0)
+        dwa = DynamicWeightAverage(NAMES)
+        model = compiled(noisy_model(), dwa, run_eagerly=eager, metrics={"easy": ["mae"]})
+        model.train_on_batch(X[:8], {name: target[:8] for name, target in Y.items()})
+        before = {metric.name: np.array(metric.variables) for metric in model.metrics}
+        if adapts:
+            dwa.adapt(model, X, FAR)
+        metrics = {metric.name: metric for metric in model.metrics}
+        for name, values in before.items():
+            np.testing.assert_array_equal(metrics[name].variables, values)
+        dwa.adapt({"easy": 1.0, "hard": 1.0})
+        history = model.fit(X, Y, epochs=2, batch_size=8, verbose=0, callbacks=[dwa]).history
+        return history, model.get_weights()
+
+    (history, parameters), (expected_history, expected) = trained(True), trained(False)
+    assert history == expected_history
+    for found, value in zip(parameters, expected, strict=True):
+        np.testing.assert_array_equal(found, value)
+
+
+@one_backend
+def test_adapting_again_replaces_the_scale_and_a_reset_or_another_model_keeps_it():
+    dwa = DynamicWeightAverage({"easy": 2.0, "hard": 1.0})
+    dwa.adapt({"easy": 7.0, "hard": 0.1})
+    dwa.adapt({"easy": 4.0, "hard": 1.0})
+    expected = {"easy": 1.0, "hard": 2.0}
+    assert dwa.base_weights == pytest.approx(expected)
+    dwa.reset()
+    for _ in range(2):
+        check_run(train(dict_model(), dwa, epochs=1), dwa)
+        assert dwa.base_weights == pytest.approx(expected)
+    assert dwa.get_config()["outputs"] == {"easy": 2.0, "hard": 1.0}
+    assert "'easy': 1.0, 'hard': 2.0" in repr(dwa)
+
+
+@one_backend
+def test_the_scale_comes_with_files_and_pickles_under_other_given_base_weights_too(tmp_path):
+    dwa = DynamicWeightAverage(NAMES)
+    dwa.adapt({"easy": 3.0, "hard": 1.0})
+    model = dict_model()
+    train(model, dwa, epochs=1)
+    path = tmp_path / "file.weights.h5"
+    model.save_weights(path)
+    # The same outputs in another order.
+    for given, expected in (
+        ({"hard": 1.0, "easy": 1.0}, (1.5, 0.5)),
+        (
+            {"hard": 1.0, "easy": 3.0},
+            (2.0, 2.0),
+        ),
+    ):
+        other = DynamicWeightAverage(given)
+        resumed = compiled(dict_model(), other)
+        other.set_model(resumed)
+        resumed.load_weights(path)
+        assert list(other.base_weights.values()) == pytest.approx(expected)
+    assert pickle.loads(pickle.dumps(dwa)).base_weights == dwa.base_weights
+
+
+def of_compile(dwa, **arguments):
+    return compiled(dict_model(), dwa, **arguments)
+
+
+def of_compute_loss(dwa, **arguments):
+    model = ComputeLoss(dwa)
+    model.compile(keras.optimizers.SGD(0.001), **arguments)
+    return model
+
+
+class OwnTracker(keras.Model):
+    """A model that averages its terms by itself, and calls the compound loss in `compute_loss`."""
+
+    def __init__(self, dwa):
+        super().__init__()
+        self.compound = CompoundLoss(NAMES, dwa)
+        self.layer = keras.layers.Dense(3)
+        self.tracker = keras.metrics.Mean(name="easy_loss")
+
+    def call(self, inputs):
+        return self.layer(inputs)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        easy = keras.ops.mean((y["easy"] - y_pred[:, :1]) ** 2)
+        hard = keras.ops.mean(keras.ops.abs(y["hard"] - y_pred[:, 1:]))
+        self.tracker.update_state(easy)
+        return self.compound.combine({"easy": easy, "hard": hard})
+
+
+def of_own_trackers(dwa, **arguments):
+    model = OwnTracker(dwa)
+    model.compile(keras.optimizers.SGD(0.001), **arguments)
+    return model
+
+
+@pytest.mark.parametrize("build", [of_compile, of_compute_loss, of_own_trackers])
+def test_every_way_to_combine_the_losses_adapts_to_those_of_an_evaluation(build):
+    dwa = DynamicWeightAverage({"easy": 1.0, "hard": 3.0})
+    model = build(dwa)
+    for _ in range(2):  # Before and after a `fit`.
+        dwa.adapt(model, X, FAR, batch_size=8)
+        logs = model.evaluate(X, FAR, batch_size=8, verbose=0, return_dict=True)
+        assert shares(logs, dwa) == pytest.approx({"easy": 0.25, "hard": 0.75}, rel=1e-5)
+        history = model.fit(X, FAR, batch_size=8, verbose=0, callbacks=[dwa]).history
+        weighted = sum(history[f"{n}_weight"][0] * history[f"{n}_loss"][0] for n in NAMES)
+        assert history["loss"][0] == pytest.approx(weighted, rel=1e-5)
+        assert history["base_loss"][0] == pytest.approx(weighted, rel=1e-5)
+        assert history["easy_weight"][0] == pytest.approx(dwa.base_weights["easy"], rel=1e-6)
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 5
+
+    def __getitem__(self, index):
+        rows = slice(8 * index, 8 * index + 8)
+        return X[rows], {name: target[rows] for name, target in FAR.items()}
+
+
+@deep_elsewhere
+def test_takes_data_as_evaluate_does():
+    dwa = DynamicWeightAverage(NAMES)
+    model = compiled(dict_model(), dwa)
+    dwa.adapt(model, X, FAR, batch_size=8)
+    expected = dwa.base_weights
+    batches = Batches()
+    dwa.adapt(model, batches)
+    assert dwa.base_weights == pytest.approx(expected, rel=1e-5)
+    dwa.adapt(model, (batches[index] for index in range(5)), steps=5)
+    assert dwa.base_weights == pytest.approx(expected, rel=1e-5)
+    halves = {"easy": np.full(40, 0.5), "hard": np.ones(40)}
+    dwa.adapt(model, X, FAR, batch_size=8, sample_weight=halves)
+    ratio = dwa.base_weights["easy"] / dwa.base_weights["hard"]
+    assert ratio == pytest.approx(2 * expected["easy"] / expected["hard"], rel=1e-5)
+
+
+@one_backend
+def test_nested_outputs_and_fixed_numbers():
+    inputs = keras.Input((4,))
+    dense = {name: keras.layers.Dense(width)(inputs) for name, width in [("easy", 1), ("hard", 2)]}
+    model = keras.Model(inputs, {"easy": dense["easy"], "heads": {"hard": dense["hard"]}})
+    dwa = DynamicWeightAverage(["heads/hard"])
+    losses = {"easy": "mse", "heads": {"hard": "mae"}}
+    weights = {"easy": 0.5, "heads": {"hard": dwa.loss_weights["heads/hard"]}}
+    model.compile("sgd", losses, loss_weights=weights)
+    dwa.adapt(model, X, {"easy": FAR["easy"], "heads": {"hard": FAR["hard"]}})
+    # One weight has the whole sum.
+    assert dwa.base_weights == {"heads/hard": 1.0}
+
+
+@one_backend
+def test_schedules_and_factors_multiply_the_scaled_base_weights():
+    weighting = LossWeightScheduler(NAMES, lambda epoch, factors: {"easy": 0.5 * (epoch + 1)})
+    weighting.adapt({"easy": 3.0, "hard": 1.0})
+    history = train(dict_model(), weighting, epochs=2)
+    assert history["easy_weight"] == pytest.approx([0.25, 0.5])
+    assert history["hard_weight"] == pytest.approx([1.5, 1.5])
+    parts = {n: np.array(history[f"{n}_loss"]) for n in NAMES}
+    expected = 0.5 * parts["easy"] + 1.5 * parts["hard"]
+    np.testing.assert_allclose(history["base_loss"], expected, rtol=1e-5)
+
+
+@one_backend
+@pytest.mark.parametrize("loss", [0.0, -1.0, math.nan, math.inf])
+def test_a_loss_that_is_not_finite_and_positive_is_named_and_changes_nothing(loss):
+    dwa = DynamicWeightAverage({"easy": 2.0, "hard": 1.0})
+    dwa.adapt({"easy": 2.0, "hard": 1.0})
+    with pytest.raises(ValueError, match=rf"Found {loss} for 'hard'.*\n.*adapt\({{'easy'"):
+        dwa.adapt({"easy": 1.0, "hard": loss})
+    assert dwa.base_weights == pytest.approx({"easy": 1.5, "hard": 1.5})
+
+
+@one_backend
+def test_a_loss_of_the_evaluation_that_is_zero_is_named_and_changes_nothing():
+    dwa = DynamicWeightAverage(NAMES)
+    model = compiled(dict_model(kernel_initializer="zeros"), dwa)
+    zeros = {"easy": Y["easy"], "hard": np.zeros_like(Y["hard"])}
+    with pytest.raises(ValueError, match=r"Found 0\.0 for 'hard'"):
+        dwa.adapt(model, X, zeros)
+    assert dwa.base_weights == dwa.factors == {"easy": 1.0, "hard": 1.0}
+
+
+@one_backend
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (({"easy": 1.0},), r"takes one loss per output of \['easy', 'hard'\]. Found \['easy'\]"),
+        (({"easy": "1", "hard": 1.0},), "real number or a scalar tensor. Found '1' for 'easy'"),
+        (({"easy": 1.0, "hard": 2.0}, X), "averages without any"),
+        (({"easy": 1e-30, "hard": 1e30},), "base weight .* Found .* for 'hard'"),
+        ((X, Y), "takes a compiled model and its data"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DynamicWeightAverage(NAMES).adapt(*arguments)
+
+
+@one_backend
+def test_a_model_without_the_weights_is_refused_as_in_fit():
+    model = dict_model()
+    model.compile("sgd", LOSSES)
+    with pytest.raises(ValueError, match="was not compiled with this callback's loss weights"):
+        LossWeighting(NAMES).adapt(model, X, Y)
+
+
+@one_backend
+def test_prints_what_it_set(capsys):
+    DynamicWeightAverage(NAMES, verbose=1).adapt({"easy": 3.0, "hard": 1.0})
+    assert capsys.readouterr().out == (
+        "\nDynamicWeightAverage setting base weights to easy: 0.5000, hard: 1.5000.\n"
+        "The losses are easy: 3.0000, hard: 1.0000.\n"
+    )
