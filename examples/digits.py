@@ -2,9 +2,10 @@
 
     python examples/digits.py
 
-trains a shared trunk with three heads by Dynamic Weight Average, prints the losses and weights of
-each epoch, and compares each task on test data with the same run under equal weights. The backend
-is the one that KERAS_BACKEND names: tensorflow, jax (if it is unset) or torch.
+trains a shared trunk with three heads three times: with equal loss weights, by Dynamic Weight
+Average (DWA), and by DWA after `adapt`, which scales the weights so that each loss starts with a
+third of the total. It prints the losses and weights of the last run, and compares the three on test
+data. The backend is the one that KERAS_BACKEND names: tensorflow, jax (if it is unset) or torch.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import numpy as np
 from scipy.ndimage import rotate
 from sklearn.datasets import load_digits
 
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import DynamicWeightAverage, LossWeighting
 
 TASKS = {"digit": "sparse_categorical_crossentropy", "angle": "mse", "upright": "mse"}
 
@@ -53,12 +54,16 @@ def build_model():
     return keras.Model(image, {name: head(trunk) for name, head in heads.items()})
 
 
-def train(x, y, epochs, loss_weights=None, callbacks=()):
+def train(x, y, epochs, weighting, adapts=False, callbacks=()):
     """The trained model and its history; the same start and batches whatever the weights."""
     keras.utils.set_random_seed(0)
     model = build_model()
-    model.compile(optimizer="adam", loss=TASKS, loss_weights=loss_weights)
-    history = model.fit(x, y, epochs=epochs, batch_size=64, verbose=0, callbacks=list(callbacks))
+    optimizer = keras.optimizers.Adam(3e-3)
+    model.compile(optimizer=optimizer, loss=TASKS, loss_weights=weighting.loss_weights)
+    if adapts:
+        weighting.adapt(model, x, y)
+    callbacks = [weighting, *callbacks]
+    history = model.fit(x, y, epochs=epochs, batch_size=64, verbose=0, callbacks=callbacks)
     return model, history.history
 
 
@@ -67,9 +72,9 @@ def task_metrics(model, x, y):
     sines, cosines = predictions["angle"].T
     turn = np.degrees(np.arctan2(sines, cosines) - np.arctan2(*y["angle"].T))
     return {
-        "digit: accuracy": np.mean(predictions["digit"].argmax(axis=1) == y["digit"]),
-        "angle: mean error in degrees": np.abs((turn + 180) % 360 - 180).mean(),
-        "upright: mean squared error": np.square(predictions["upright"] - y["upright"]).mean(),
+        "digit: accuracy ↑": np.mean(predictions["digit"].argmax(axis=1) == y["digit"]),
+        "angle: error in degrees ↓": np.abs((turn + 180) % 360 - 180).mean(),
+        "upright: squared error ↓": np.square(predictions["upright"] - y["upright"]).mean(),
     }
 
 
@@ -77,7 +82,8 @@ def print_epochs(history):
     print(f"{'':5} | " + " | ".join(f"{name:^15}" for name in TASKS).rstrip())
     print("epoch | " + " | ".join(f"{'loss':>7} {'weight':>7}" for _ in TASKS))
     print("------+-" + "-+-".join("-" * 15 for _ in TASKS))
-    for epoch in range(len(history["loss"])):
+    epochs = len(history["loss"])
+    for epoch in range(0, epochs, 1 + epochs // 15):
         cells = (
             f"{history[f'{name}_loss'][epoch]:7.4f} {history[f'{name}_weight'][epoch]:7.3f}"
             for name in TASKS
@@ -96,26 +102,34 @@ def split_digits():
 
 def compare(models, x, y):
     """Prints each task's metric on test data, for models by the name of their weighting."""
-    print(f"\n{f'on {len(x)} test images':30} | " + " | ".join(f"{name:>13}" for name in models))
-    print("-" * 30 + "-+-" + "-+-".join("-" * 13 for _ in models))
+    print(f"\n{f'on {len(x)} test images':25} | " + " | ".join(f"{name:>15}" for name in models))
+    print("-" * 25 + "-+-" + "-+-".join("-" * 15 for _ in models))
     metrics = [task_metrics(model, x, y) for model in models.values()]
     for metric in metrics[0]:
-        print(f"{metric:30} | " + " | ".join(f"{values[metric]:13.4f}" for values in metrics))
+        print(f"{metric:25} | " + " | ".join(f"{values[metric]:15.4f}" for values in metrics))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=30)
     epochs = parser.parse_args().epochs
 
     train_data, test_data = split_digits()
-    dwa = DynamicWeightAverage(list(TASKS), temperature=2.0)
-    weighted, history = train(*train_data, epochs, dwa.loss_weights, [dwa])
-    equal, _ = train(*train_data, epochs)
+    print(f"Keras {keras.__version__} on {keras.backend.backend()}: three runs of {epochs} epochs")
+    progress = keras.utils.Progbar(3 * epochs, unit_name="epoch")
+    models = {}
+    for name, rule in {
+        "equal weights": LossWeighting,
+        "DWA": DynamicWeightAverage,
+        "DWA after adapt": DynamicWeightAverage,
+    }.items():
+        show = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: progress.add(1))
+        weighting, adapts = rule(list(TASKS)), name == "DWA after adapt"
+        models[name], history = train(*train_data, epochs, weighting, adapts, [show])
 
-    print(f"Keras {keras.__version__} on {keras.backend.backend()}: {epochs} epochs with {dwa}\n")
+    print("\nDWA after adapt: each loss starts with a third of the total. Its losses and weights:")
     print_epochs(history)
-    compare({"DWA": weighted, "equal weights": equal}, *test_data)
+    compare(models, *test_data)
 
 
 if __name__ == "__main__":

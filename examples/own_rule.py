@@ -49,11 +49,11 @@ def main(epochs):
     train_data, test_data = split_digits()
     models = {}
     for rule in (SoftAdapt(list(TASKS)), MomentumDWA(list(TASKS), temperature=0.5)):
-        model, history = train(*train_data, epochs, rule.loss_weights, [rule])
+        model, history = train(*train_data, epochs, rule)
         print(f"\n{rule}\n")
         print_epochs(history)
         models[type(rule).__name__] = model
-    models["equal weights"], _ = train(*train_data, epochs)
+    models["equal weights"], _ = train(*train_data, epochs, LossWeighting(list(TASKS)))
     compare(models, *test_data)
 
 

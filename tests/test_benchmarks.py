@@ -17,7 +17,7 @@ SCRIPTS = sorted(
     path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("harness", "models", "run")
 )
 # Their code is the same on every backend.
-ALIKE = {"epoch_end", "import_time", "memory", "recompiling", "windows"}
+ALIKE = {"epoch_end", "import_time", "memory", "recompiling", "searching", "windows"}
 
 
 @pytest.mark.parametrize("script", [s for s in SCRIPTS if BACKEND == "jax" or s not in ALIKE])

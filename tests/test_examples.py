@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from common import BACKEND, deep_elsewhere, one_backend
 from processes import succeeds
@@ -55,9 +56,32 @@ def check_metrics(lines, names):
 @deep_elsewhere
 def test_digits(run):
     lines = run("digits.py", 3)
-    assert f"on {BACKEND}: 3 epochs" in lines[0]
-    check_table(lines)
-    check_metrics(lines, ["digit", "angle", "upright"])
+    assert f"on {BACKEND}: three runs of 3 epochs" in lines[0]
+    rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
+    assert sum(rows[0][1::2]) == pytest.approx(3, abs=0.003)
+    # The largest loss has the smallest weight.
+    assert np.argmin(rows[0][1::2]) == np.argmax(rows[0][::2])
+    assert rows[0][1::2] == rows[1][1::2] != rows[2][1::2]
+    names, *cells = [line.split("|") for line in lines[-5:] if "+-" not in line]
+    assert [name.strip() for name in names[1:]] == ["equal weights", "DWA", "DWA after adapt"]
+    assert [task.split(":")[0] for task, *_ in cells] == ["digit", "angle", "upright"]
+    assert [len(numbers(value)) for _, *values in cells for value in values] == [1] * 9
+
+
+@deep_elsewhere
+def test_search_weights(run, tmp_path):
+    picture = tmp_path / "picture.png"
+    lines = run("search_weights.py", 2, "--trials", "4", "--picture", str(picture))
+    trials = [line for line in lines if re.match(r" +[1234] \|", line)]
+    assert numbers(trials[0])[:3] == [1.0, 1.0, 1.0]
+    gains = [float(trial.split("|")[-1].strip(" %")) for trial in trials]
+    # Other weights, other metrics; from the same start, none is twice as good.
+    assert len(set(gains)) == 4
+    assert max(map(abs, gains)) < 50
+    best = 1 + int(np.argmax(gains))
+    assert any(f"The best is trial {best}" in line for line in lines)
+    assert [len(numbers(line)) for line in lines[-3:]] == [3, 3, 3]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @deep_elsewhere

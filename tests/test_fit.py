@@ -18,7 +18,7 @@ from common import (
     train,
 )
 
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import DynamicWeightAverage, LossWeighting
 
 
 def test_logged_loss_is_the_weighted_sum_and_weights_follow_the_formula_of_training():
@@ -107,6 +107,33 @@ def test_step_is_compiled_as_often_as_with_static_weights(update_freq, compilati
     moving = compilations(DynamicWeightAverage(["easy", "hard"], 0.2, update_freq))
     assert moving[0] > 0
     assert moving == (moving[:1] * 5 if BACKEND == "torch" else compilations())
+
+
+def test_model_put_back_to_its_start_trains_the_same_again_and_is_compiled_once(
+    compilation_counter,
+):
+    layer, count = compilation_counter
+    inputs, outputs = heads()
+    model = keras.Model(inputs, {name: layer(output) for name, output in outputs.items()})
+    weighting = LossWeighting(["easy", "hard"])
+    model.compile(keras.optimizers.Adam(), LOSSES, loss_weights=weighting.loss_weights)
+    model.optimizer.build(model.trainable_variables)
+    variables = model.variables + model.optimizer.variables
+    start = [keras.ops.convert_to_numpy(variable).copy() for variable in variables]
+    histories, counts = [], []
+    # Keras builds the metrics, for which `fit` would draw an order of the samples more.
+    weighting.adapt(model, X, Y)
+    for easy in (0.5, 2.0, 0.5):
+        for variable, value in zip(variables, start, strict=True):
+            variable.assign(value)
+        weighting.assign({"easy": easy})
+        keras.utils.set_random_seed(0)
+        fit = model.fit(X, Y, batch_size=8, epochs=2, verbose=0, callbacks=[weighting])
+        histories.append(fit.history)
+        counts.append(count())
+    assert histories[0] == histories[2]
+    assert histories[0]["easy_loss"] != histories[1]["easy_loss"]
+    assert len(set(counts)) == 1
 
 
 @pytest.fixture
