@@ -35,6 +35,7 @@ def parts():
 def search(number, epochs):
     """Of each trial the weights, and the metrics of validation and of test."""
     train, *unseen = parts()
+    keras.utils.set_random_seed(0)
     model, weighting = build_model(), LossWeighting(list(TASKS))
     model.compile(keras.optimizers.Adam(3e-3), TASKS, loss_weights=weighting.loss_weights)
     model.optimizer.build(model.trainable_variables)
@@ -49,7 +50,7 @@ def search(number, epochs):
         for variable, value in zip(variables, start, strict=True):
             variable.assign(value)
         weighting.assign(dict(zip(TASKS, factors, strict=True)))
-        keras.utils.set_random_seed(0)
+        keras.utils.set_random_seed(0)  # The same batches.
         model.fit(*train, batch_size=64, epochs=epochs, verbose=0, callbacks=[weighting])
         weights = [float(weight) for weight in weighting.loss_weights.values()]
         trials.append((weights, *(task_metrics(model, *data) for data in unseen)))
@@ -88,11 +89,12 @@ def main():
     gains = [gain(validation, equal) for _, validation, _ in trials]
     best = int(np.argmax(gains))
 
-    print("\ntrial | " + " | ".join(f"{name:>7}" for name in TASKS) + " | " + " | ".join(equal))
+    columns = [f"{name:>6}" for name in TASKS] + [" ".join(name.split()[-2:]) for name in equal]
+    print("\ntrial | " + " | ".join(columns) + " |   gain")
     for number, (weights, validation, _) in enumerate(trials):
-        cells = [f"{weight:7.3f}" for weight in weights]
-        cells += [f"{validation[name]:{len(name)}.4f}" for name in equal]
-        print(f"{number + 1:5} | " + " | ".join(cells) + f" | {gains[number]:+6.1f} %")
+        values = zip([*weights, *validation.values()], columns, strict=True)
+        cells = " | ".join(f"{value:{len(column)}.4f}" for value, column in values)
+        print(f"{number + 1:5} | {cells} | {gains[number]:+4.1f} %")
     print(f"\nThe best is trial {best + 1}. On test data, equal weights, adapt, and the best:")
     for name in equal:
         print(f"{name:25} | " + " | ".join(f"{trials[n][2][name]:8.4f}" for n in (0, 1, best)))
