@@ -27,14 +27,14 @@ PACKAGE = ["tests", "keras_dwa"]
 QUICK = [
     f"tests/test_{name}.py"
     for name in (
-        *("formula", "fit", "logs", "rules", "assign", "scheduler", "bad_input", "state"),
+        *("adapt", "formula", "fit", "logs", "rules", "assign", "scheduler", "bad_input", "state"),
         *("compound_loss", "ledger", "windows", "wiring", "saving"),
     )
 ]
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
-        *("compound_loss", "config", "counts", "fit", "logs", "models"),
+        *("adapt", "compound_loss", "config", "counts", "fit", "logs", "models"),
         *("own_steps", "saving", "state", "windows", "wiring"),
     )
 ]

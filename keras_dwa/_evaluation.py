@@ -21,23 +21,21 @@ def evaluated_sums(model: keras.Model, weights: LossWeights, arguments: dict[str
         weights: those of the weighting.
         arguments: those of `evaluate`.
     """
-    was_added = weights.marks.added
-    with _restored(model):
+    with _restored(model, weights):
         weights.clear_record()
         model.evaluate(**{"verbose": 0, **arguments})
         if records(model, weights):
-            sums = repeat_count(weights.recorded())
-        else:
-            sums = TrackerSums(model, weights.names).take(weights.vector.current)
-    weights.marks.added = was_added
-    return sums
+            return repeat_count(weights.recorded())
+        return TrackerSums(model, weights.names).take(weights.vector.current)
 
 
 @contextlib.contextmanager
-def _restored(model: keras.Model) -> Iterator[None]:
+def _restored(model: keras.Model, weights: LossWeights) -> Iterator[None]:
     """Puts back what an evaluation changes: metrics, the state of layers and of seeds."""
-    variables = [*model.non_trainable_variables, *model.metrics_variables]
+    # The metrics may hide the record.
+    variables = [*model.non_trainable_variables, *model.metrics_variables, *weights.variables]
     values = [keras.ops.copy(variable) for variable in variables]
+    added = weights.marks.added
     with backend.restored_random_state():
         try:
             yield
@@ -45,3 +43,4 @@ def _restored(model: keras.Model) -> Iterator[None]:
             model.reset_metrics()  # Those that the evaluation made.
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
+            weights.marks.added = added

@@ -66,9 +66,8 @@ def noisy_model():
     inputs = keras.Input((4,))
     features = keras.layers.BatchNormalization()(keras.layers.Dense(6)(Noise()(inputs)))
     features = keras.layers.Dropout(0.2)(features)
-    return keras.Model(
-        inputs, {"easy": keras.layers.Dense(1)(features), "hard": keras.layers.Dense(2)(features)}
-    )
+    easy = keras.layers.Dense(1, name="easy")(features)
+    return keras.Model(inputs, {"easy": easy, "hard": keras.layers.Dense(2, name="hard")(features)})
 
 
 @pytest.mark.parametrize("eager", [False, True] if "eager" in MODES else [False])
