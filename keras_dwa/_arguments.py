@@ -102,8 +102,8 @@ def check_scale(losses: Mapping[str, float]) -> None:
     for name, loss in losses.items():
         if not 0 < loss < math.inf:
             raise ValueError(
-                f"`adapt` divides by each loss: a finite number > 0. Found {loss} for {name!r}. "
-                "Give the average that it usually has:\n"
+                f"`adapt` divides by each loss: a finite number > 0. Found {loss} for {name!r} "
+                "(nan, too, if `evaluate` does not compute it). Give its usual average:\n"
                 f"    weighting.adapt({{{', '.join(f'{name!r}: ...' for name in losses)}}})"
             )
 

@@ -10,19 +10,22 @@ from keras_dwa._backends import backend
 from keras_dwa._ledger import Vector, repeat_count
 from keras_dwa._loss_weights import LossWeights
 from keras_dwa._sums import TrackerSums
-from keras_dwa._wiring import records
+from keras_dwa._wiring import records, tracked_metrics
 
 
-def evaluated_sums(model: keras.Model, weights: LossWeights, arguments: dict[str, Any]) -> Vector:
+def evaluated_sums(
+    callback: keras.callbacks.Callback, weights: LossWeights, arguments: dict[str, Any]
+) -> Vector:
     """The `Segment.sums` of an evaluation: NaN where the model has no metric of a loss.
 
     Args:
-        model: a model that was shown to the weighting.
+        callback: one that has the model.
         weights: those of the weighting.
         arguments: those of `evaluate`.
     """
-    with _restored(model, weights):
-        weights.clear_record()
+    model = callback.model
+    with _restored(callback, weights):
+        weights.clear_record()  # Where `metrics` hides it, Keras does not.
         model.evaluate(**{"verbose": 0, **arguments})
         if records(model, weights):
             return repeat_count(weights.recorded())
@@ -30,17 +33,24 @@ def evaluated_sums(model: keras.Model, weights: LossWeights, arguments: dict[str
 
 
 @contextlib.contextmanager
-def _restored(model: keras.Model, weights: LossWeights) -> Iterator[None]:
+def _restored(callback: keras.callbacks.Callback, weights: LossWeights) -> Iterator[None]:
     """Puts back what an evaluation changes: metrics, the state of layers and of seeds."""
-    # The metrics may hide the record.
-    variables = [*model.non_trainable_variables, *model.metrics_variables, *weights.variables]
+    model, marks = callback.model, weights.marks
+    variables = list(model.non_trainable_variables)
+    variables += [variable for m in tracked_metrics(model) for variable in m.variables]
     values = [keras.ops.copy(variable) for variable in variables]
-    added = weights.marks.added
+    parameters = [(variable, variable.value) for variable in model.trainable_variables]
+    resets, added = marks.resets, marks.added
     with backend.restored_random_state():
         try:
             yield
         finally:
+            callback.model  # noqa: B018  # On JAX, after an error, gives variables their values.
+            for variable, value in parameters:
+                # On JAX, Keras loses them if it could not trace the step.
+                if hasattr(value, "is_deleted") and not value.is_deleted():
+                    variable.assign(value)
             model.reset_metrics()  # Those that the evaluation made.
             for variable, value in zip(variables, values, strict=True):
                 variable.assign(value)
-            weights.marks.added = added
+            marks.resets, marks.added = resets, added

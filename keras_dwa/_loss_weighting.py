@@ -146,8 +146,9 @@ class LossWeighting(keras.callbacks.Callback):
         self._assigned: dict[str, float] = {}
         # The memory while `update` runs, so that an error in it leaves the former one.
         self._draft: dict[str, Any] | None = None
-        # Whether the loss was in every epoch so far the sum under the base weights; under none.
-        self._static = np.array([True, True])
+        # Whether the loss was in every epoch so far the sum under the base weights; under the given
+        # ones; under none.
+        self._static = np.ones(3, dtype=bool)
         # torch's `DistributedDataParallel`, if the model was given in that.
         self._wrapper: Any = None
         # What to warn of once all is done, for a warning may be an error.
@@ -387,8 +388,8 @@ class LossWeighting(keras.callbacks.Callback):
 
         The base weight `b_k` of a loss that is `L_k` on average becomes `b_k / L_k`, times a number
         that keeps their sum. From then on, these are the base weights: of `base_loss`, and of every
-        rule. The given ones stay in `get_config`; the scale is stored with the factors, and stays
-        in a `reset`. Adapting again replaces it.
+        rule. The given ones stay in `get_config`. The scale is stored with the factors; neither a
+        `reset` nor another model ends it, but adapting again does.
 
         Call it after `compile`, before `fit` or between two:
 
@@ -404,7 +405,7 @@ class LossWeighting(keras.callbacks.Callback):
 
         Args:
             model: a model compiled with the weights, or with a compound loss that `evaluate` uses.
-                One `evaluate` of it finds the losses; parameters, metrics and random seeds stay as
+                One `evaluate` of it finds the losses; its parameters, metrics and seeds stay as
                 they are. Or a dict of output name to average loss, for other loops.
             x: as in `evaluate`.
             y: as in `evaluate`.
@@ -432,7 +433,7 @@ class LossWeighting(keras.callbacks.Callback):
             )
         else:
             self.set_model(model)
-            sums = evaluated_sums(self.model, weights, {"x": x, "y": y, **evaluate})
+            sums = evaluated_sums(self, weights, {"x": x, "y": y, **evaluate})
             losses = averages(_ranks.total_of_ranks(sums, weights) if all_ranks else sums)
         by_name = weights.by_name(losses)
         _arguments.check_scale(by_name)
@@ -517,7 +518,7 @@ class LossWeighting(keras.callbacks.Callback):
         """
         self._sync()
         self._weights.reset()
-        self._assigned, self._static = {}, np.array([True, True])
+        self._assigned, self._static = {}, np.ones(3, dtype=bool)
         self._windows.clear()
 
     def get_config(self) -> dict[str, Any]:
@@ -723,12 +724,12 @@ class LossWeighting(keras.callbacks.Callback):
         if not self._static.any() or not (is_constant(ledger) or is_known(ledger)):
             return
         weights = self._weights
+        static = weights.base_weights, weights.given, np.ones(len(losses))
         self._static = _wiring.static_sums(
             self._static,
             logs.get("loss", math.nan) - fixed_part(self.model, logs, weights.entries),
             loss_parts(ledger, losses),
-            float(loss_parts(ledger, losses, weights.base_weights).sum()),
-            float(loss_parts(ledger, losses, np.ones(len(losses))).sum()),
+            np.array([loss_parts(ledger, losses, each).sum() for each in static]),
             weights.by_name(mean_weights(ledger)),
         )
 
@@ -744,7 +745,7 @@ class LossWeighting(keras.callbacks.Callback):
         self.model  # noqa: B018
 
     def _shown(self, **arguments: Any) -> str:
-        base_weights = dict(self.base_weights)
+        base_weights = {name: float(f"{b:.6g}") for name, b in self.base_weights.items()}
         outputs = base_weights if set(base_weights.values()) != {1.0} else list(base_weights)
         current = self._current().items()
         arguments["weights"] = {name: float(f"{weight:.4g}") for name, weight in current}

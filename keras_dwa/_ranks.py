@@ -25,8 +25,8 @@ def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
     empty = [rank for rank, row in enumerate(rows) if row[-1] == 0]
     if 0 < len(empty) < len(rows):
         raise RuntimeError(
-            f"Nothing was recorded since the last `step` on ranks {empty} of {len(rows)}. Each "
-            "needs a batch. For ranks that train different models, give `all_ranks=False`."
+            f"Nothing was recorded on ranks {empty} of {len(rows)}. Each needs a batch. For ranks "
+            "that train different models, give `all_ranks=False`."
         )
     total: Vector = rows.sum(axis=0)
     return total

@@ -42,7 +42,7 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
 
 def is_tracked(model: keras.Model, weights: LossWeights) -> bool:
     """Whether `model` hands the weights to its steps, unless its `metrics` hides them."""
-    tracked = {id(variable) for metric in _metrics(model) for variable in metric.variables}
+    tracked = {id(variable) for metric in tracked_metrics(model) for variable in metric.variables}
     return tracked.issuperset(map(id, weights.variables))
 
 
@@ -57,12 +57,12 @@ def _hides(model: keras.Model, weights: LossWeights) -> bool:
     """Whether `model.metrics` keeps the weights from a step on JAX."""
     needed = weights.variables
     if not is_tracked(model, weights):
-        needed = [variable for metric in _metrics(model) for variable in metric.variables]
+        needed = [variable for metric in tracked_metrics(model) for variable in metric.variables]
     visible = {id(variable) for variable in model.metrics_variables}
     return keras.backend.backend() == "jax" and not visible.issuperset(map(id, needed))
 
 
-def _metrics(model: keras.Model) -> list[keras.metrics.Metric]:
+def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
     """The metrics that `model` tracks, whatever an override of `metrics` shows."""
     metrics: list[keras.metrics.Metric] = keras.Model.metrics.fget(model)
     return metrics
@@ -166,8 +166,7 @@ def static_sums(
     suspects: NDArray[np.bool_],
     total: float,
     parts: Vector,
-    base: float,
-    plain: float,
+    static: Vector,
     weights: Mapping[str, float],
 ) -> NDArray[np.bool_]:
     """Which sums under weights that do not move the total loss was in every epoch so far.
@@ -176,22 +175,22 @@ def static_sums(
     the loss.
 
     Args:
-        suspects: which they were until now: the sum under the base weights, and that under none.
+        suspects: which they were until now. Shape `(n,)`.
         total: the total loss of an epoch.
         parts: what each loss adds to it under the weights of the epoch. Shape `(K,)`.
-        base: the sum under the base weights.
-        plain: the sum under none.
+        static: the sums: under base weights, and the last one under none. Shape `(n,)`.
         weights: the weights of the epoch by output name, for the message.
     """
-    weighted, static = float(parts.sum()), np.array([base, plain])
-    if not np.isfinite([total, weighted, base, plain]).all():
+    weighted = float(parts.sum())
+    if not np.isfinite([total, weighted, *static]).all():
         return suspects
     suspects = suspects & (abs(total - static) <= 1e-5 * abs(static))
     ignored = suspects & (abs(weighted - static) > 1e-3 * abs(static))
     if ignored.any():
         raise ValueError(
             f"The weights do not reach the loss: it was {total}, the sum under "
-            f"{'the base weights' if ignored[0] else 'no weights'}, with the weights {weights}. "
+            f"{'the base weights' if ignored[:-1].any() else 'no weights'}, with the weights "
+            f"{weights}. "
             "Return `super().compute_loss(...)` or a CompoundLoss from `compute_loss`; train on "
             "that in `train_step`."
         )

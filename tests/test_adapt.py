@@ -10,6 +10,7 @@ from common import (
     LOSSES,
     MODES,
     ComputeLoss,
+    TwoHeads,
     X,
     Y,
     check_run,
@@ -91,6 +92,57 @@ def test_nothing_else_moves(eager):
     assert history == expected_history
     for found, value in zip(parameters, expected, strict=True):
         np.testing.assert_array_equal(found, value)
+
+
+def test_evaluation_that_fails_changes_nothing():
+    dwa = DynamicWeightAverage(NAMES)
+    model = compiled(noisy_model(), dwa)
+    model.fit(X, Y, epochs=1, batch_size=8, verbose=0, callbacks=[dwa])
+    before = [keras.ops.convert_to_numpy(variable).copy() for variable in model.variables]
+
+    def interrupt(batch, logs):
+        if batch == 3:
+            raise KeyboardInterrupt
+
+    interrupted = [keras.callbacks.LambdaCallback(on_test_batch_begin=interrupt)]
+    for y, callbacks in [(None, []), ({"easy": Y["easy"]}, []), (Y, interrupted)]:
+        with pytest.raises((ValueError, KeyError, KeyboardInterrupt)):
+            dwa.adapt(model, X, y, batch_size=8, callbacks=callbacks)
+        for variable, value in zip(model.variables, before, strict=True):
+            np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
+    assert dwa.base_weights == {"easy": 1.0, "hard": 1.0}
+    check_run(model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa]).history, dwa)
+
+
+@one_backend
+def test_weights_given_as_constants_to_the_loss_are_noticed_after_adapting():
+    class Constants(TwoHeads):
+        def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+            super().compute_loss(x, y, y_pred, sample_weight)
+            easy = keras.ops.mean(keras.ops.square(y["easy"] - y_pred["easy"]))
+            return 3 * easy + keras.ops.mean(keras.ops.abs(y["hard"] - y_pred["hard"]))
+
+    dwa = DynamicWeightAverage({"easy": 3.0, "hard": 1.0})
+    model = compiled(Constants(), dwa)
+    dwa.adapt(model, X, FAR)
+    with pytest.raises(ValueError, match="the sum under the base weights, with the weights"):
+        model.fit(X, FAR, verbose=0, callbacks=[dwa])
+
+
+@one_backend
+def test_adapting_within_an_epoch_loses_no_batch_of_a_window():
+    dwa = DynamicWeightAverage(NAMES, update_freq=2)
+    model = compiled(dict_model(), dwa)
+    adapt = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: batch == 3 and dwa.adapt(model, X, FAR)
+    )
+    fit = {"batch_size": 8, "verbose": 0, "shuffle": False}
+    history = model.fit(X, FAR, callbacks=[dwa, adapt], **fit).history
+    assert [window.batches for window in dwa.windows] == [2, 2]
+    total = sum(history[f"{name}_weight"][0] * history[f"{name}_loss"][0] for name in NAMES)
+    assert total != pytest.approx(history["loss"][0])  # The weights moved within the epoch.
+    base = sum(dwa.base_weights[name] * history[f"{name}_loss"][0] for name in NAMES)
+    assert history["base_loss"][0] == pytest.approx(base, rel=1e-5)
 
 
 @one_backend
@@ -211,15 +263,19 @@ def test_takes_data_as_evaluate_does():
 @one_backend
 def test_nested_outputs_and_fixed_numbers():
     inputs = keras.Input((4,))
-    dense = {name: keras.layers.Dense(width)(inputs) for name, width in [("easy", 1), ("hard", 2)]}
-    model = keras.Model(inputs, {"easy": dense["easy"], "heads": {"hard": dense["hard"]}})
-    dwa = DynamicWeightAverage(["heads/hard"])
-    losses = {"easy": "mse", "heads": {"hard": "mae"}}
-    weights = {"easy": 0.5, "heads": {"hard": dwa.loss_weights["heads/hard"]}}
-    model.compile("sgd", losses, loss_weights=weights)
-    dwa.adapt(model, X, {"easy": FAR["easy"], "heads": {"hard": FAR["hard"]}})
-    # One weight has the whole sum.
-    assert dwa.base_weights == {"heads/hard": 1.0}
+    easy, hard, mask = (keras.layers.Dense(width)(inputs) for width in (1, 2, 1))
+    model = keras.Model(inputs, {"easy": easy, "heads": {"hard": hard, "mask": mask}})
+    dwa = DynamicWeightAverage(["easy", "heads/hard"])
+    live = dwa.loss_weights
+    model.compile(
+        "sgd",
+        loss={"easy": "mse", "heads": {"hard": "mae", "mask": "mse"}},
+        loss_weights={"easy": live["easy"], "heads": {"hard": live["heads/hard"], "mask": 0.5}},
+    )
+    y = {"easy": FAR["easy"], "heads": {"hard": FAR["hard"], "mask": Y["easy"]}}
+    dwa.adapt(model, X, y, batch_size=8)
+    logs = model.evaluate(X, y, batch_size=8, verbose=0, return_dict=True)
+    assert shares(logs, dwa) == pytest.approx({"easy": 0.5, "heads/hard": 0.5}, rel=1e-5)
 
 
 @one_backend

@@ -46,7 +46,7 @@ def test_study_trains_again_only_what_a_kill_cut_short(tmp_path, capsys, monkeyp
 
     monkeypatch.setattr(sys, "argv", ["run.py", "--quick", str(tmp_path)])
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS / "study"), *sys.path])
-    assert study() == 16
+    assert study() == 20
     results, page = tmp_path / "digits.csv", (tmp_path / "evidence.md").read_text()
     whole = results.read_text()
     results.write_text(whole[:-3])

@@ -123,21 +123,53 @@ def tumours():
     return values[:, :20], {"malignant": 1 - data.target[order, None], **targets}
 
 
-def tumour_model():
+def tumour_model(names):
+    """A network with an output for the kind, and one for each measure."""
     inputs = keras.Input((20,))
     trunk = layers.Dense(32, activation="relu")(layers.Dense(32, activation="relu")(inputs))
-    heads = {name: layers.Dense(1)(trunk) for name in ("radius", "texture", "smoothness")}
-    heads["concavity"] = layers.Dense(1)(trunk)
+    heads = {name: layers.Dense(1)(trunk) for name in names}
     return keras.Model(inputs, {"malignant": layers.Dense(1, "sigmoid")(trunk), **heads})
 
 
-def tumour_metrics(predictions, targets):
+def tumour_metrics(predictions, targets, units):
+    """Of the kind the cross-entropy, of the others the squared error in units of the variance."""
     return {
         task: log_loss(targets[task].ravel(), values.ravel().astype("float64"), labels=[0, 1])
         if task == "malignant"
-        else np.square(values - targets[task]).mean()
+        else np.square((values - targets[task]) / units.get(task, 1)).mean()
         for task, values in predictions.items()
     }
+
+
+# Columns of the worst of ten measures. In their own units, their squares are apart by 10^7.
+MEASURES = {"area": 23, "texture": 21, "smoothness": 24}
+UNITS = {name: load_breast_cancer().data[:, column].std() for name, column in MEASURES.items()}
+
+
+def measures(is_raw):
+    """As `tumours`, with other measures: in the units that they have, or scaled."""
+    data = load_breast_cancer()
+    x, targets = tumours()
+    order = np.random.default_rng(0).permutation(len(data.data))
+    found = {"malignant": targets["malignant"]}
+    for name, column in MEASURES.items():
+        values = data.data[order][:, [column]]
+        scaled = (values - values.mean()) / UNITS[name]
+        found[name] = (values if is_raw else scaled).astype("float32")
+    return x, found
+
+
+def measure_family(is_raw):
+    return Family(
+        functools.partial(measures, is_raw),
+        (320, 120),
+        {"malignant": "binary_crossentropy", **dict.fromkeys(MEASURES, "mse")},
+        functools.partial(tumour_model, MEASURES),
+        functools.partial(tumour_metrics, units=UNITS if is_raw else {}),
+        (),
+        batch=32,
+        epochs=60,
+    )
 
 
 def speeds():
@@ -229,8 +261,8 @@ FAMILIES = {
         (320, 120),
         {"malignant": "binary_crossentropy"}
         | dict.fromkeys(("radius", "texture", "smoothness", "concavity"), "mse"),
-        tumour_model,
-        tumour_metrics,
+        functools.partial(tumour_model, ("radius", "texture", "smoothness", "concavity")),
+        functools.partial(tumour_metrics, units={}),
         (),
         batch=32,
         epochs=40,
@@ -257,4 +289,6 @@ FAMILIES = {
     ),
     "dense": dense_family(attention=False),
     "mtan": dense_family(attention=True),
+    "raw units": measure_family(is_raw=True),
+    "scaled": measure_family(is_raw=False),
 }

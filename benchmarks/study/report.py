@@ -1,8 +1,7 @@
-"""The tables and pictures of `docs/evidence.md` and of the README, from the study's results."""
+"""The tables and pictures of the evidence pages in `docs/`, from the study's results."""
 
 import numpy as np
 from matplotlib.figure import Figure
-from methods import TEMPERATURES
 from scipy import stats
 
 # In the curves: method to colour.
@@ -13,8 +12,6 @@ SHOWN = {
     "random": "#D55E00",
     "static, tuned": "#009E73",
 }
-# In the README.
-SUMMARY = (*(f"DWA, T = {t:g}" for t in TEMPERATURES), "random", "static, tuned")
 # In the picture of weights.
 DRAWN = "DWA, T = 2"
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
@@ -73,7 +70,7 @@ def methods(results):
     return [n for n in names if not n.startswith(("rate", "drawn")) and not n.endswith("alone")]
 
 
-def shown(one, with_interval=True):
+def shown(one, with_interval):
     """A comparison, in bold if its corrected p-value is below 5%."""
     text = f"{one.mean:+.1f}"
     if with_interval:
@@ -81,21 +78,20 @@ def shown(one, with_interval=True):
     return f"**{text}**" if one.corrected < 0.05 else text
 
 
-def difference_table(found):
+def difference_table(found, with_interval=True):
     names = dict.fromkeys(name for of_family in found.values() for name in of_family)
     rows = [
-        [name, *(shown(of[name]) if name in of else "-" for of in found.values())] for name in names
+        [name, *(shown(of[name], with_interval) if name in of else "-" for of in found.values())]
+        for name in names
     ]
     return table(["against equal weights", *found], rows)
 
 
-def summary_table(found):
-    names = [name for name in SUMMARY if all(name in of_family for of_family in found.values())]
-    rows = [
-        [family, *(shown(of[name], with_interval=False) for name in names)]
-        for family, of in found.items()
-    ]
-    return table(["", *names], rows)
+def rank_table(all_results):
+    ranks = [results.ranks(methods(results), "test") for results in all_results.values()]
+    names = dict.fromkeys(name for of_family in ranks for name in of_family)
+    rows = [[n, *(f"{of[n]:.1f}" if n in of else "-" for of in ranks)] for n in names]
+    return table(["mean rank", *all_results], rows)
 
 
 def gain_table(all_results):
@@ -203,7 +199,8 @@ def write(all_results, backends, pages, pictures):
     """
     found = comparisons(all_results)
     blocks = {"differences": difference_table(found), "gains": gain_table(all_results)}
-    blocks |= {"summary": summary_table(found), "backends": backend_table(backends)}
+    blocks |= {"summary": difference_table(found, with_interval=False)}
+    blocks |= {"ranks": rank_table(all_results), "backends": backend_table(backends)}
     blocks |= {name: metric_table(results) for name, results in all_results.items()}
     for page in pages:
         if not page.exists():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from families import FAMILIES
+from scipy import stats
 from training import columns
 
 
@@ -82,6 +83,18 @@ class Results:
             )
             * 100
         )
+
+    def ranks(self, methods, part):
+        """Method to its rank among these, from 1, as the mean over the seeds and all metrics."""
+        values = [
+            [
+                self._sign(metric) * self.at_best(name, self.column(name, f"{metric}: {part}"))
+                for metric in self.family.judged
+            ]
+            for name in methods
+        ]
+        ranks = stats.rankdata(-np.array(values), axis=0)
+        return dict(zip(methods, ranks.mean(axis=(1, 2)), strict=True))
 
     def best(self, method):
         """The epoch, from 0, of each run's best gain on validation: shape `(S,)`."""

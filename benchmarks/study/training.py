@@ -61,7 +61,8 @@ def train(name, method, seed, rate, weights=None, epochs=None):
 
     Args:
         name: that of the family.
-        method: one of `METHODS`, or a name of anything that is trained with static weights.
+        method: one of `METHODS`, or a name of anything that is trained with static weights. With
+            "adapt" in its name, it adapts first.
         seed: that of the initial weights, of the batches and of random weights.
         rate: the learning rate.
         weights: task to static weight, for a method that is not one of `METHODS`; 1 if None.
@@ -83,6 +84,8 @@ def train(name, method, seed, rate, weights=None, epochs=None):
     else:
         weighting = LossWeighting(weights or tasks)
     model = family.compiled(tasks, weighting, rate)
+    if "adapt" in method:
+        weighting.adapt(model, *data(slice(first), trained), batch_size=family.batch)
     unseen, parts = slice(first, None), (slice(last - first), slice(last - first, None))
     score = Score(family, tasks, *data(unseen, targets), dict(zip(PARTS, parts, strict=True)))
     model.fit(
