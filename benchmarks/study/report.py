@@ -11,6 +11,7 @@ SHOWN = {
     "DWA, T = 0.5": "#56B4E9",
     "random": "#D55E00",
     "static, tuned": "#009E73",
+    "adapt": "#CC79A7",
 }
 # In the picture of weights.
 DRAWN = "DWA, T = 2"
@@ -197,7 +198,9 @@ def write(all_results, backends, pages, pictures):
             does not exist is made of all of them.
         pictures: the folder of the pictures.
     """
-    found = comparisons(all_results)
+    # In raw units, an error may be a thousand times another: their relative means say nothing.
+    comparable = {name: of for name, of in all_results.items() if name != "raw units"}
+    found = comparisons(comparable)
     blocks = {"differences": difference_table(found), "gains": gain_table(all_results)}
     blocks |= {"summary": difference_table(found, with_interval=False)}
     blocks |= {"ranks": rank_table(all_results), "backends": backend_table(backends)}
@@ -213,7 +216,7 @@ def write(all_results, backends, pages, pictures):
         page.write_text(text)
     for name, figure in {
         "differences": draw(found, draw_differences),
-        "curves": draw(all_results, draw_curves),
+        "curves": draw(comparable, draw_curves),
         "weights": draw(all_results, draw_weights),
     }.items():
         figure.savefig(pictures / f"evidence_{name}.png", dpi=75)
