@@ -36,8 +36,8 @@ def plot_history(
         history: what `fit` returned, or the dict in it; the path of a file that a `CSVLogger`
             wrote, listed after the weighting in `callbacks`; or a data frame with such columns.
         weighting: the callback that moved the weights. They are then drawn relative to its present
-            base weights, and are uniform at 1; without it, they are as logged, and uniform at 1 if base
-            weights are. Its windows may be of several calls of `fit`.
+            base weights, and are uniform at 1; without it, they are as logged, and uniform at 1 if
+            base weights are. Its windows may be of several calls of `fit`.
         validation_freq: as given to `fit`, where `history` is what that returned, or the dict:
             those do not tell which epochs were validated.
 
