@@ -396,7 +396,8 @@ class LossWeighting(keras.callbacks.Callback):
             weighting.adapt(model, x, y)
             model.fit(x, y, callbacks=[weighting])
 
-        It helps where losses of the same importance differ in scale. Do not use it
+        It may help where losses of the same importance differ in scale: compare with equal weights.
+        Do not use it
 
         - for a penalty, such as a KL divergence, which is not meant to have a share: give it a
           number or a schedule;
