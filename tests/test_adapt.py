@@ -104,8 +104,11 @@ def test_evaluation_that_fails_changes_nothing():
         if batch == 3:
             raise KeyboardInterrupt
 
-    interrupted = [keras.callbacks.LambdaCallback(on_test_batch_begin=interrupt)]
-    for y, callbacks in [(None, []), ({"easy": Y["easy"]}, []), (Y, interrupted)]:
+    calls = [(None, []), ({"easy": Y["easy"]}, [])]
+    # Once interrupted, Keras 3.10 has a thread wait for itself.
+    if not keras.__version__.startswith("3.10."):
+        calls.append((Y, [keras.callbacks.LambdaCallback(on_test_batch_begin=interrupt)]))
+    for y, callbacks in calls:
         with pytest.raises((ValueError, KeyError, KeyboardInterrupt)):
             dwa.adapt(model, X, y, batch_size=8, callbacks=callbacks)
         for variable, value in zip(model.variables, before, strict=True):

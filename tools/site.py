@@ -21,7 +21,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, **_):
-    markdown = re.sub(r"\]\((\.\./|docs/)", "](", markdown)
+    markdown = re.sub(r"\]\((\.\./)?(docs/)?", "](", markdown)
     for name, page in PAGES.items():
         markdown = markdown.replace(f"]({name}", f"]({page}")
     return markdown
