@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_dwa._keras_internals import compiled_loss_weights
+from keras_dwa._keras_internals import compiled_loss_weights, has_several_losses
 from keras_dwa._loss_weights import LossWeight
 
 Entries = Mapping[str, LossWeight]
@@ -45,6 +45,8 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
     """
     loss, loss_weights = model.loss, compiled_loss_weights(model)
     output_names = _output_names(model, entries)
+    if problem := _compound_problem(model) or _one_output_problem(model, entries, has_record):
+        return problem
     if not is_compiled_with(model, entries):
         if has_record:
             return None  # They may enter through a compound loss.
@@ -83,6 +85,46 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
             "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
         )
     return _pairing_problem(model, entries)
+
+
+def _compound_problem(model: keras.Model) -> str | None:
+    """What is wrong with how `model` was compiled with a compound loss, if anything."""
+    losses = dict(keras.tree.flatten_with_path(model.loss))
+    loss_weights = compiled_loss_weights(model)
+    weights = dict(keras.tree.flatten_with_path(loss_weights))
+    # No other loss is a metric, too.
+    paths = [path for path, loss in losses.items() if isinstance(loss, keras.metrics.Metric)]
+    if () in paths and (has_several_losses(model) or len(getattr(model, "output_names", ())) > 1):
+        return (
+            "`model` has several outputs. A compound loss as its `loss` would be called on each of "
+            "them. Write\n"
+            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+        )
+    found = weights.values() if () in paths else map(weights.get, paths)
+    if any(
+        not isinstance(weight, int | float | None) or weight not in (None, 1) for weight in found
+    ):
+        return (
+            "A compound loss as `loss` weights its losses itself, by `compound.weighting`, and "
+            f"takes no other weight. Found `loss_weights={loss_weights}`. Write\n"
+            "    model.compile(..., loss=compound)\n"
+            "and give the numbers that you want as base weights: outputs={name: number}"
+        )
+    return None
+
+
+def _one_output_problem(model: keras.Model, entries: Entries, has_record: bool) -> str | None:
+    names = list(getattr(model, "output_names", ()))
+    may_record = has_record and not is_compiled_with(model, entries)
+    if len(names) != 1 or len(entries) == 1 or may_record or lacks_compound_loss(model, has_record):
+        return None
+    losses = ", ".join(f"{name!r}: ..." for name in entries)
+    return (
+        f"`model` has one output, {names[0]!r}, and the callback weights {list(entries)}. Give "
+        "several losses to one output by\n"
+        f"    compound = keras_dwa.CompoundLoss({{{losses}}}, weighting)\n"
+        "    model.compile(..., loss=compound)"
+    )
 
 
 def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:

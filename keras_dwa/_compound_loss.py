@@ -15,23 +15,26 @@ from keras_dwa._loss_weights import LossWeight
 class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
     """The weighted sum of several losses, under the weights of a `LossWeighting`.
 
-    For what `compile(loss_weights=...)` cannot do: training loops of your own, and loss terms that
+    For what `compile(loss_weights=...)` cannot do: several losses on one output, loss terms that
     are not outputs of the model (a VAE's reconstruction and KL divergence, a PINN's residual and
-    boundary terms).
+    boundary terms), and your own training loops.
 
-    Each call also records the unweighted losses. In a loop of your own, `weighting.step()` at the
-    end of an epoch moves the weights by what was recorded. Under `fit`, call it in the model's
-    `compute_loss`, or in a `train_step` of your own (on JAX, by way of `compute_loss`), and pass
-    `weighting` as a callback. The losses appear in the logs as `<name>_loss`.
+    Each call also records the unweighted losses, which appear in the logs as `<name>_loss`. Pass
+    `weighting` as a callback to `fit`, and
 
-    Make it an attribute of the model, which then saves the weights and the state of their rule. A
-    step may use it any number of times: each use counts as a batch of its own.
+    - for several losses on one output, compile the model with it: `compile(loss=compound)`;
+    - for loss terms, make it an attribute of the model, which then saves the weights and the state
+      of their rule, and call `combine` in the model's `compute_loss`, or in your own `train_step`
+      (on JAX, by way of `compute_loss`). A step may use it any number of times: each use counts as
+      a batch of its own;
+    - in your own loop, call `weighting.step()` at the end of an epoch, to move the weights by what
+      was recorded.
 
     On JAX, use `stateless_call` and `stateless_combine` in functions that you give to `jax.jit`:
     variables do not keep what is assigned there. (`fit` takes care of this itself.)
 
     Args:
-        losses: output name to loss: anything that `keras.losses.get` takes, a name, a function or a
+        losses: name to loss: anything that `keras.losses.get` takes, a name, a function or a
             `keras.losses.Loss`. A sequence of names, when you only `combine` terms.
         weighting: the callback with the weights, of any rule, or its config. Its outputs must be
             the same names.
@@ -84,7 +87,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
 
     @property
     def losses(self) -> dict[str, Any]:
-        """The losses by output name, as given: for `compile(loss=...)`."""
+        """The losses by name, as given: for `compile(loss=...)` of a model with these outputs."""
         self._check_has_losses()
         return dict(self._identifiers)
 
@@ -92,17 +95,18 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         """The weighted sum of the outputs' losses; records the unweighted losses.
 
         Args:
-            y_true: output name to targets; names without a loss are left aside, as in `y_pred`.
-            y_pred: output name to predictions. The first axis holds the samples.
-            sample_weight: output name to weights of the samples, for any of the outputs; or one
+            y_true: output name to targets; names without a loss are left aside, as in `y_pred`. Or
+                one tensor, the targets of every loss, as `compile` gives them for one output.
+            y_pred: output name to predictions, or one tensor. The first axis holds the samples.
+            sample_weight: output name to weights of the samples, for any of the losses; or one
                 tensor for all of them.
 
         Returns:
             A scalar tensor of `floatx` or a wider dtype.
 
         Raises:
-            ValueError: if `y_true` or `y_pred` is not a dict that has every output, or
-                `sample_weight` has a name that no loss has.
+            ValueError: if `y_true` and `y_pred` are neither tensors nor dicts that have every
+                output, or `sample_weight` has a name that no loss has.
         """
         return self._combine(*self._terms(y_true, y_pred, sample_weight))
 
@@ -198,6 +202,8 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         """The losses of a call by output name, and the number of samples."""
         self._check_has_losses()
         names = list(self._losses)
+        if _is_tensor(y_true) and _is_tensor(y_pred):
+            y_true, y_pred = dict.fromkeys(names, y_true), dict.fromkeys(names, y_pred)
         _check_outputs("y_true", y_true, names)
         _check_outputs("y_pred", y_pred, names)
         if not isinstance(sample_weight, Mapping):
@@ -206,10 +212,12 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
             raise ValueError(
                 f"`sample_weight` takes the names {names}. Found {list(sample_weight)}."
             )
-        values = {
-            name: loss(y_true[name], y_pred[name], sample_weight.get(name))
-            for name, loss in self._losses.items()
-        }
+        values = {}
+        for name, loss in self._losses.items():
+            weight = sample_weight.get(name)
+            # A copy: on torch, Keras multiplies them by the mask in place.
+            weight = None if weight is None else keras.ops.copy(weight)
+            values[name] = loss(y_true[name], y_pred[name], weight)
         return values, keras.ops.shape(y_pred[names[0]])[0]
 
     def _combine(self, values: Any, samples: Any) -> Any:
@@ -233,8 +241,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
     def _weigh(self, weights: Any, values: Any) -> tuple[Any, Any]:
         """The terms in one tensor of shape `(K,)`, and their weighted sum."""
         names = self._weights.names
-        # A table of another library may have both names and a shape.
-        if hasattr(values, "shape") and not hasattr(values, "keys"):
+        if _is_tensor(values):
             terms = values
         elif isinstance(values, Mapping) and values.keys() == self._weights.entries.keys():
             terms = [values[name] for name in names]
@@ -268,12 +275,16 @@ def _check_names(losses: Any, outputs: list[str]) -> None:
         )
 
 
+def _is_tensor(value: Any) -> bool:
+    # A table of another library may have both names and a shape.
+    return hasattr(value, "shape") and not hasattr(value, "keys")
+
+
 def _check_outputs(argument: str, outputs: Any, names: list[str]) -> None:
     if not isinstance(outputs, Mapping):
         raise ValueError(
-            f"A compound loss takes dicts with the outputs {names}. Found a "
-            f"{type(outputs).__name__} for `{argument}`. For `compile`, write\n"
-            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+            f"A compound loss takes dicts with the outputs {names}, or two tensors. Found a "
+            f"{type(outputs).__name__} for `{argument}`."
         )
     if not set(names) <= set(outputs):
         raise ValueError(f"`{argument}` must have the outputs {names}. Found {list(outputs)}.")

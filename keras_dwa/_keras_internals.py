@@ -17,6 +17,15 @@ def compiled_loss_weights(model: keras.Model) -> Any:
     return None if compile_loss is None else _private(compile_loss, "_user_loss_weights")
 
 
+def has_several_losses(model: keras.Model) -> bool:
+    """Whether Keras computes more than one loss, as far as it has built them; then it tracks each.
+
+    `Model.metrics` is public, but has the user's metrics as well.
+    """
+    compile_loss = _private(model, "_compile_loss")
+    return compile_loss is not None and len(compile_loss.metrics) > 1
+
+
 def track(model: keras.Model, metric: keras.metrics.Metric) -> None:
     """Sets `metric` as the attribute of its name, in place of a former one, on built models, too.
 

@@ -68,6 +68,16 @@ def mean_weights(ledger: Ledger) -> Vector:
     return np.average([segment.weights for segment in ledger], axis=0, weights=counts)
 
 
+def weights_of_batch(ledger: Ledger, batch: int, current: Vector) -> Vector:
+    """The weights that a batch of the epoch had, from 0; `current` those of the latest batches."""
+    weights = current
+    for segment in reversed(ledger):
+        if segment.end <= batch:
+            break
+        weights = segment.weights
+    return weights
+
+
 def loss_parts(ledger: Ledger, losses: Vector, weights: Vector | None = None) -> Vector:
     """What each loss adds to the average of the total loss. Shape `(K,)`.
 

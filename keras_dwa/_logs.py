@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_dwa._ledger import Ledger, Vector, loss_parts, mean_weights
+from keras_dwa._ledger import Ledger, Vector, loss_parts
 
 Logs = Mapping[str, float]
 
@@ -98,10 +98,10 @@ def add_recorded_losses(
             logs[f"{name}_loss"] = loss
 
 
-def add_weights(logs: dict[str, float], names: Sequence[str], ledger: Ledger) -> None:
-    """Adds the weights that the epoch had, the mean of them if they changed within it."""
-    weights = mean_weights(ledger).tolist()
-    logs.update({f"{name}_weight": weight for name, weight in zip(names, weights, strict=True)})
+def add_weights(logs: dict[str, float], names: Sequence[str], weights: Vector) -> None:
+    """Adds the weights that an epoch or a batch had."""
+    by_name = zip(names, weights.tolist(), strict=True)
+    logs.update({f"{name}_weight": weight for name, weight in by_name})
 
 
 def add_base_loss(

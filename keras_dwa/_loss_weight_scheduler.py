@@ -10,7 +10,7 @@ import numpy as np
 from keras_dwa._loss_weighting import LossWeighting
 from keras_dwa._wiring import check_no_fit
 
-Schedule = Callable[[int, dict[str, float]], Mapping[str, float] | None]
+Schedule = Callable[..., Mapping[str, float] | None]
 
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
@@ -27,12 +27,12 @@ class LossWeightScheduler(LossWeighting):
     Args:
         outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
             sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence).
-        schedule: a function of the epoch, from 0, and of the factors of the epoch before, a dict of
-            floats by output name. It returns output name to factor, a finite number >= 0; names
-            left out keep theirs. None if all do. Where an epoch begins twice, as after a resume
-            within it, it gets the same factors again.
-        update_freq: "epoch", or a number of batches > 0: `schedule` then gets the number of windows
-            of that many batches that are over, in the place of the epoch.
+        schedule: a function of the epoch, from 0; or of the epoch and the factors of the epoch
+            before, a dict of floats by output name. It returns output name to factor, a finite
+            number >= 0; names left out keep theirs. None if all do. Where an epoch begins twice, as
+            after a resume within it, it gets the same factors again.
+        update_freq: "epoch", or a number of batches > 0. Instead of the epoch, `schedule` then gets
+            the number of batches that were trained, divided by `update_freq` and rounded down.
         verbose: 0 or 1. 1 prints the weights at the start of each epoch.
 
     Raises:
@@ -62,7 +62,7 @@ class LossWeightScheduler(LossWeighting):
         super().__init__(outputs, update_freq, verbose)
         if not callable(schedule):
             raise ValueError(
-                "`schedule` must be a function of epoch and factors. "
+                "`schedule` must be a function of the epoch, or of epoch and factors. "
                 f"Found `schedule = {schedule!r}`."
             )
         self.schedule = schedule
@@ -129,7 +129,8 @@ class LossWeightScheduler(LossWeighting):
     def _scheduled(self, epoch: int) -> Any:
         """The factors of an epoch, or window, which `state` then remembers."""
         before = self._before() if self.state.get("epoch") == epoch else self.factors
-        found = self.schedule(epoch, dict(before))
+        takes_factors = _takes_two_arguments(self.schedule)
+        found = self.schedule(epoch, dict(before)) if takes_factors else self.schedule(epoch)
         self._remember(epoch, before)
         if found is None:
             return before
@@ -145,3 +146,11 @@ class LossWeightScheduler(LossWeighting):
         self.state["epoch"] = np.array(epoch)
         # In an order of their own, for a file may have the outputs in another one.
         self.state["before"] = np.array([before[name] for name in sorted(before)])
+
+
+def _takes_two_arguments(function: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(function).bind(0, {})
+    except TypeError:
+        return False
+    return True

@@ -28,6 +28,7 @@ from keras_dwa._ledger import (
     mean_weights,
     repeat_count,
     total,
+    weights_of_batch,
 )
 from keras_dwa._loss_weights import LossWeight, LossWeights, State
 from keras_dwa._run import Run
@@ -200,7 +201,10 @@ class LossWeighting(keras.callbacks.Callback):
         over_ranks = partial(_ranks.total_in_fit, weights=weights, parallel=parallel)
         sums = NewSums(source, weights.marks, over_ranks)
         begins_window = weights.state.window[-1] == 0
-        self._run = Run(model, self.params, sums, by_record, parallel, begins_window)
+        has_windows = self._window_size is not None
+        self._run = Run(
+            model, self.params, sums, by_record, parallel, begins_window, moves_within=has_windows
+        )
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         run, weights = self._this_run(), self._weights
@@ -235,11 +239,12 @@ class LossWeighting(keras.callbacks.Callback):
         if batch > 0:
             self._check_first_batches()
         run.next = batch + 1 if not run.is_checked else math.inf
-        if self._window_size:
-            if self._in_window(batch) >= self._window_size:
+        if size := self._window_size:
+            trained = self._trained(batch)
+            if self._ends_window(trained):
                 self._close_segment()
                 self._close_window()
-            run.next = min(run.next, batch + self._window_size - self._in_window(batch))
+            run.next = min(run.next, batch + size - trained % size)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
         # Called beside the next batches: the model, and on JAX its variables, are theirs.
@@ -247,12 +252,17 @@ class LossWeighting(keras.callbacks.Callback):
         if run is None:
             return
         run.end_batch(batch)
-        if logs and not run.has_logs:
+        if not logs or (run.has_logs and not run.moves_within):
+            return
+        names = self._weights.names
+        # In this order, for another thread adds to the ledger before it changes the weights.
+        current, ledger = self._weights.vector.current, run.ledger
+        had = weights_of_batch(ledger, batch, current)
+        if not run.has_logs:
             run.has_logs = True
-            # In this order, for another thread adds to the ledger before it changes the weights.
-            current, ledger = self._weights.vector.current, run.ledger
-            had = ledger[0].weights if ledger else current
-            _logs.check_first_logs(logs, self._weights.names, had, run.by_record)
+            _logs.check_first_logs(logs, names, had, run.by_record)
+        if run.moves_within:
+            _logs.add_weights(logs, names, had)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
         run = self._run_of_test()
@@ -283,7 +293,7 @@ class LossWeighting(keras.callbacks.Callback):
         if not self._has_losses(run):
             return self._end_empty_epoch(run, epoch)
         ledger, losses = self._epoch_losses(run, logs)
-        _logs.add_weights(logs, weights.names, ledger)
+        _logs.add_weights(logs, weights.names, mean_weights(ledger))
         self._check_effect(logs, ledger, losses)
         _logs.add_base_loss(logs, ledger, losses, weights.base_weights)
         had, recorded = run.validation or (weights.vector.current, None)
@@ -508,7 +518,8 @@ class LossWeighting(keras.callbacks.Callback):
             values = _ranks.same_on_ranks(given, weights) if all_ranks else given
         if values is not None:
             logs = {f"{name}_loss": value for name, value in weights.by_name(values).items()}
-            self._close_period(weights.state.periods, logs, clear_record=True)
+            periods = weights.state.periods + (self._window_size or 1)
+            self._close_period(periods, logs, clear_record=True)
         self._warn()
         return self._current()
 
@@ -556,12 +567,20 @@ class LossWeighting(keras.callbacks.Callback):
     # How the weights move.
 
     def _close_period(
-        self, period: int, logs: Mapping[str, float], clear_record: bool, **changes: Any
+        self, periods: int, logs: Mapping[str, float], clear_record: bool, **changes: Any
     ) -> None:
-        """Asks the rule after an epoch or window, counted from 0; `changes` are others of state."""
-        source = f"`{type(self).__name__}.update` after {self._unit} {period + 1}"
-        changes["periods"] = period + 1
-        self._move(source, lambda: self.update(period, logs), clear_record, **changes)
+        """Asks the rule after an epoch or window; `changes` are others of the state.
+
+        Args:
+            periods: `State.periods` with it.
+            logs: the logs for `update`.
+            clear_record: whether to forget what was recorded.
+            **changes: other fields of the state.
+        """
+        number = periods // (self._window_size or 1)
+        source = f"`{type(self).__name__}.update` after {self._unit} {number}"
+        changes["periods"] = periods
+        self._move(source, lambda: self.update(number - 1, logs), clear_record, **changes)
         self._assigned = {}
 
     def _move(
@@ -590,9 +609,9 @@ class LossWeighting(keras.callbacks.Callback):
         if self._window_size is None:
             run.begin_epoch()
             own = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
-            self._close_period(epoch, {**logs, **own}, clear_record=True)
+            self._close_period(epoch + 1, {**logs, **own}, clear_record=True)
             return
-        if self._in_window(run.batches) >= self._window_size:
+        if self._ends_window(self._trained(run.batches)):
             self._close_window()
         weights.state = replace(weights.state, window=run.window(weights.state.window))
         weights.clear_record()
@@ -605,19 +624,28 @@ class LossWeighting(keras.callbacks.Callback):
         losses = weights.by_name(averages(window[:-1]))
         closed = Window(int(window[-1]), losses, weights.by_name(run.ledger[-1].weights))
         logs = {f"{name}_loss": loss for name, loss in losses.items()}
-        zeros = np.zeros_like(window)
-        self._close_period(weights.state.periods, logs, clear_record=False, window=zeros)
+        periods = weights.state.periods + closed.batches
+        self._close_period(periods, logs, clear_record=False, window=np.zeros_like(window))
         self._windows.append(closed)
 
-    def _in_window(self, batches: int) -> int:
-        """How many batches the open window has after so many of the epoch."""
-        return int(self._weights.state.window[-1]) + self._this_run().in_window(batches)
+    def _trained(self, batches: int) -> int:
+        """How many batches were trained in all after so many of the epoch."""
+        state = self._weights.state
+        return state.periods + int(state.window[-1]) + self._this_run().in_window(batches)
+
+    def _ends_window(self, trained: int) -> bool:
+        """Whether the open window is over after so many batches in all."""
+        size = self._window_size or trained + 1
+        return trained // size > self._weights.state.periods // size
 
     def _before_change(self, state: State) -> None:
         """Whatever is about to change the weights, or the open window, comes here first."""
         self._close_segment()
-        if self._run is not None and state.window is not self._weights.state.window:
-            self._run.begin_window()
+        run = self._run
+        if run is not None:
+            run.moves_within |= run.next > 0
+            if state.window is not self._weights.state.window:
+                run.begin_window()
 
     def _close_segment(self) -> None:
         """The batches so far had the weights that there are."""
@@ -663,7 +691,7 @@ class LossWeighting(keras.callbacks.Callback):
     def _needs_sums(self) -> bool:
         """Whether the logs are not enough: the weights move within the epoch, or may do so."""
         run = self._this_run()
-        return run.by_record or self._window_size is not None or bool(run.ledger)
+        return run.by_record or run.moves_within
 
     def _has_losses(self, run: Run) -> bool:
         """Whether the epoch that ends had a batch, and in it a use of the compound loss."""
@@ -715,7 +743,9 @@ class LossWeighting(keras.callbacks.Callback):
         if run.is_checked:
             return
         run.is_checked = True
-        if not run.by_record:
+        if run.by_record:
+            _wiring.check_model(self.model, weights)
+        else:
             _wiring.check_metrics(self.model, weights.names)
         if weights.record is not None and not run.sums.is_reset:
             self._sync()

@@ -108,7 +108,7 @@ class State:
         scale: the K losses that `adapt` found, which the given base weights are divided by; 1
             before. Shape `(K,)`.
         memory: name to array, whatever the rule keeps.
-        periods: how many epochs, or windows of batches, were closed.
+        periods: how many epochs were closed; with windows, how many batches those had that were.
         window: of the window that the last epoch left open: the sums of the K losses, each times
             how much its batches count, these K counts, and the number of batches. Shape
             `(2K + 1,)`.

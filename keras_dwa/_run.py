@@ -21,9 +21,11 @@ class Run:
         by_record: whether a compound loss records them.
         parallel: torch's `DistributedDataParallel` in which the model trains, if in one.
         begins_window: whether no window is open as it begins.
+        moves_within: whether the weights move within epochs by themselves.
 
     Attributes:
         thread: the thread of the run.
+        moves_within: whether the weights move within epochs, or did so once.
         next: the batch before which there is something to do; 0 until one begins.
         is_checked: whether it was checked what the first batches used.
         has_logs: whether the logs of a batch were checked.
@@ -40,10 +42,11 @@ class Run:
         by_record: bool,
         parallel: Any,
         begins_window: bool,
+        moves_within: bool,
     ) -> None:
         self.thread = threading.get_ident()
         self.sums, self.by_record, self.parallel = sums, by_record, parallel
-        self.begins_window = begins_window
+        self.begins_window, self.moves_within = begins_window, moves_within
         self._steps_per_execution = model.steps_per_execution
         # Now, for `evaluate(callbacks=...)` gives others.
         self._steps = (params or {}).get("steps") or math.inf

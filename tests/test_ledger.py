@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from common import one_backend
 
-from keras_dwa._ledger import Segment, averages, is_known, loss_parts, mean_weights, total
+from keras_dwa._ledger import (
+    Segment,
+    averages,
+    is_known,
+    loss_parts,
+    mean_weights,
+    total,
+    weights_of_batch,
+)
 
 pytestmark = one_backend
 UNKNOWN = np.full(5, np.nan)
@@ -63,3 +71,10 @@ def test_segment_without_a_loss_leaves_the_others_as_they_are():
 
 def test_loss_without_a_count_has_no_average():
     np.testing.assert_array_equal(averages(np.array([0.0, 6.0, 0.0, 2.0, 2.0])), [np.nan, 3.0])
+
+
+def test_batch_had_the_weights_of_its_segment_or_the_current_ones():
+    ledger = [segment([1.0, 1.0], 2), segment([2.0, 1.0], 2), segment([3.0, 1.0], 5)]
+    found = [weights_of_batch(ledger, batch, np.array([4.0, 1.0]))[0] for batch in range(7)]
+    assert found == [1.0, 1.0, 3.0, 3.0, 3.0, 4.0, 4.0]
+    assert weights_of_batch([], 3, np.array([4.0, 1.0]))[0] == 4.0

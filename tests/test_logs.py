@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from common import BACKEND, LOSSES, X, Y, dict_model, one_backend, train
 
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler
 
 BASE = {"easy": 3.0, "hard": 0.5}
+tensorboard = pytest.mark.skipif(
+    BACKEND != "tensorflow", reason="Keras's TensorBoard writes with TensorFlow"
+)
 OURS = ["easy_weight", "hard_weight", "base_loss", "val_base_loss"]
 
 
@@ -60,20 +63,66 @@ def test_csv_logger_and_early_stopping_read_what_is_logged(run):
     assert {key: [float(row[key]) for row in rows] for key in OURS} == {k: history[k] for k in OURS}
 
 
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras's TensorBoard writes with TensorFlow")
-def test_tensorboard_shows_the_weights(run):
+def on_tensorboard(folder, tag):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [make_ndarray(event.tensor_proto).item() for event in events.Tensors(tag)]
+
+
+@tensorboard
+def test_tensorboard_shows_the_weights(run):
     _, history, _, folder = run
     for key in ("easy_weight", "base_loss", "val_base_loss"):
         part = "validation" if key.startswith("val_") else "train"
-        events = EventAccumulator(str(folder / part))
-        events.Reload()
-        tag = f"epoch_{key.removeprefix('val_')}"
-        tensors = [event.tensor_proto for event in events.Tensors(tag)]
-        values = [make_ndarray(tensor).item() for tensor in tensors]
+        values = on_tensorboard(folder / part, f"epoch_{key.removeprefix('val_')}")
         np.testing.assert_allclose(values, history[key], rtol=1e-6)
+
+
+@tensorboard
+def test_tensorboard_shows_the_weights_of_batches(tmp_path):
+    schedule = LossWeightScheduler(list(LOSSES), lambda step: {"hard": step}, update_freq=1)
+    board = keras.callbacks.TensorBoard(tmp_path, write_graph=False, update_freq="batch")
+    train(dict_model(), schedule, epochs=2, others=[board])
+    assert on_tensorboard(tmp_path / "train", "batch_hard_weight") == list(range(10))
+
+
+class BatchLogs(keras.callbacks.Callback):
+    """Keeps what each batch's logs have of a weight, in order of the batches."""
+
+    def __init__(self, async_safe):
+        super().__init__()
+        self.async_safe, self.epochs = async_safe, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epochs.append({})
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.epochs[-1][batch] = logs.get("hard_weight")
+
+
+@pytest.mark.parametrize("async_safe", [False, True])
+def test_logs_of_batches_have_the_weights_where_these_move_within_epochs(async_safe):
+    schedule = LossWeightScheduler(list(LOSSES), lambda step: {"hard": step}, update_freq=1)
+    batches = BatchLogs(async_safe)
+    train(dict_model(), schedule, epochs=2, others=[batches])
+    found = [[logs[batch] for batch in range(5)] for logs in batches.epochs]
+    assert found == [[0.0, 1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0, 9.0]]
+
+
+def test_logs_of_batches_have_the_weights_once_one_was_assigned_within_an_epoch():
+    weighting, batches = LossWeighting(list(LOSSES)), BatchLogs(async_safe=False)
+
+    def assign(batch, logs):
+        if (len(batches.epochs), batch) == (2, 3):
+            weighting.assign({"hard": 7.0})
+
+    at_begin = keras.callbacks.LambdaCallback(on_train_batch_begin=assign)
+    train(dict_model(), weighting, others=[at_begin, batches])
+    found = [[logs[batch] for batch in range(5)] for logs in batches.epochs]
+    assert found == [[None] * 5, [None] * 3 + [7.0] * 2, [7.0] * 5]
 
 
 @one_backend

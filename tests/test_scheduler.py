@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import re
+from functools import partial
 
 import cloudpickle
 import keras
@@ -92,6 +93,21 @@ def test_schedule_gets_the_factors_of_the_epoch_before_may_change_them_and_hold_
 
     scheduler = LossWeightScheduler(NAMES, change)
     assert train(dict_model(), scheduler, epochs=4)["hard_weight"] == [2.0, 4.0, 4.0, 8.0]
+
+
+@one_backend
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        lambda epoch: {"hard": epoch / 4},
+        lambda *arguments: ramp(*arguments),
+        partial(ramp, factors=None),
+    ],
+    ids=["one_argument", "any_arguments", "partial"],
+)
+def test_schedule_takes_the_epoch_alone_or_the_factors_too(schedule):
+    history = train(dict_model(), LossWeightScheduler(NAMES, schedule))
+    assert history["hard_weight"] == [0.0, 0.25, 0.5]
 
 
 @one_backend

@@ -136,8 +136,22 @@ def test_batches_of_unequal_sizes_count_as_keras_counts_them(way):
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras takes no steps_per_execution on torch")
 def test_window_closes_at_the_first_call_that_has_seen_its_batches(way):
     model, dwa = start(way, 3, steps_per_execution=2)
-    fit(model, dwa)  # Calls of 2, 2 and 1 batches.
-    assert [window.batches for window in dwa.windows] == [4, 3, 3, 4, 3, 3]
+    fit(model, dwa)  # Calls of 2, 2 and 1 batches: windows are over after 3, 6, 9, ... batches.
+    assert [window.batches for window in dwa.windows] == [4, 3, 2, 3, 3, 4]
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras takes no steps_per_execution on torch")
+@pytest.mark.parametrize(("size", "numbers"), [(1, [0, 2, 4, 5, 7, 9, 10]), (3, [0, 1, 2, 3])])
+def test_schedule_of_windows_counts_batches_whatever_a_call_holds(way, size, numbers):
+    found = []
+    schedule = LossWeightScheduler(
+        BASE, lambda number: found.append(number) or {"hard": number}, update_freq=size
+    )
+    history = fit(make(way, schedule, steps_per_execution=2), schedule, epochs=2)
+    assert sorted(set(found)) == numbers
+    if size == 1:
+        had = [0.5 * np.average(n, weights=[2, 2, 1]) for n in ([0, 2, 4], [5, 7, 9])]
+        np.testing.assert_allclose(history["hard_weight"], had, rtol=1e-6)
 
 
 def test_validation_and_evaluations_leave_windows_alone(way):
@@ -362,7 +376,7 @@ def test_step_in_a_loop_closes_a_window():
     dwa, epochs = DynamicWeightAverage(NAMES, update_freq=10), DynamicWeightAverage(NAMES)
     for losses in ({"easy": 2.0, "hard": 1.0}, {"easy": 1.0, "hard": 1.0}):
         assert dwa.step(losses) == epochs.step(losses)
-    assert dwa._weights.state.periods == 2
+    assert len(dwa.state["losses"]) == 2
 
 
 @one_backend

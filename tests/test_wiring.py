@@ -143,6 +143,27 @@ def two_weightings():
     fit(compiled(dict_model(), None), *weightings)
 
 
+def compound_for_all(model):
+    dwa = new()
+    fit(compiled(model(), None, CompoundLoss(LOSSES, dwa)), dwa)
+
+
+def easy_alone():
+    inputs, outputs = heads()
+    return keras.Model(inputs, outputs["easy"])
+
+
+def compound_for_one(loss_weights):
+    dwa = new("mae", "mse")
+    loss = [CompoundLoss({"mae": "mae", "mse": "mse"}, dwa)]
+    fit(compiled(easy_alone(), loss_weights, loss), dwa, y=Y["easy"])
+
+
+def two_losses_for_one():
+    dwa = new("mae", "mse")
+    fit(compiled(easy_alone(), in_a_list(dwa.loss_weights), ["mae", "mse"]), dwa, y=Y["easy"])
+
+
 def two_models_at_once():
     dwa = new()
     first, second = (compiled(dict_model(), dwa.loss_weights) for _ in range(2))
@@ -222,8 +243,14 @@ MISWIRINGS = {
         row("hidden_weights", "`Altered.metrics`", "*super().metrics",
             own={"metrics": property(lambda _: [])}),
         row("taken_attribute", "`model.loss_weighting`", "'mine'", own={"loss_weighting": "mine"}),
-        row("compound_loss_in_compile", "for `y_true`", COMPOUND,
-            run=lambda: fit(compiled(dict_model(), None, CompoundLoss(LOSSES, new())))),
+        row("compound_loss_for_two_outputs", "several outputs", COMPOUND, run=compound_for_all,
+            model=dict_model),
+        row("compound_loss_for_two_unknown_outputs", "several outputs", COMPOUND,
+            run=compound_for_all, model=TwoHeads, on=["jax", "torch"]),
+        row("weight_of_a_compound_loss", "weight. Found `loss_weights=[0.5]`", "loss=compound)",
+            run=compound_for_one, loss_weights=[0.5]),
+        row("two_losses_for_one_output", "one output, 'easy'", "CompoundLoss({'mae': ..., 'mse': ",
+            "loss=compound)", run=two_losses_for_one),
         row("two_compound_losses", "two weightings", "DynamicWeightAverage(['easy'], t", "['hard']",
             run=two_weightings),
     ],
@@ -231,6 +258,8 @@ MISWIRINGS = {
         row("metric_like_a_loss", "['easy_loss']", "name='my_easy_loss'", trackers=["easy_loss"]),
         row("metrics_like_base_losses", "['base_loss', 'val_base_loss'] already", "another name",
             trackers=["base_loss", "val_base_loss"]),
+        row("compound_loss_for_two_unknown_outputs", "several outputs", COMPOUND,
+            run=compound_for_all, model=TwoHeads, on=["tensorflow"]),
         row("own_compute_loss", "has ['loss']", "self.compute_metrics(", "super().compute_loss(",
             "a CompoundLoss and `compile` without", own={"compute_loss": unweighted}, on=ALL),
         row("compound_loss_and_weights", "as well", "Use one way",
