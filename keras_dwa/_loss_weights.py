@@ -95,7 +95,8 @@ class JaxLossWeightVector(LossWeightVector):
                 f"{self.name!r} has no value while an epoch runs on JAX. Read a weight by "
                 "`float(weighting.loss_weights[name])`; call a compound loss in the model's "
                 "`compute_loss`, not in its `call`, and that in a `train_step` by "
-                "`self.stateless_compute_loss`; make a weighting for each model."
+                "`self.stateless_compute_loss`; in a layer, use `self.add_weight(trainable=False)` "
+                "and assign it in a callback; make a weighting for each model."
             ) from error
 
 

@@ -1,0 +1,101 @@
+"""Terms that layers add, and numbers that they use, under weights that move: `loss_terms.md`."""
+
+import itertools
+
+import keras
+import numpy as np
+from common import X, Y
+
+from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeightScheduler
+
+FACTORS = [0.0, 0.5, 1.0, 1.0]
+
+
+class Penalty(keras.layers.Layer):
+    def call(self, inputs):
+        self.add_loss(keras.ops.mean(keras.ops.square(inputs)))
+        return inputs
+
+
+class Annealed(keras.Model):
+    def compute_loss(self, *args, **kwargs):
+        size = sum(self.losses)
+        terms = {"size": size}
+        return super().compute_loss(*args, **kwargs) - size + self.compound.combine(terms)
+
+
+def two_outputs(layer, make=keras.Model):
+    inputs = keras.Input((4,))
+    features = layer(keras.layers.Dense(3, name="trunk")(inputs))
+    easy = keras.layers.Dense(1, name="easy")(features)
+    hard = keras.layers.Dense(2, name="hard")(features)
+    return make(inputs, {"easy": easy, "hard": hard})
+
+
+def fit(model, *callbacks, loss_weights, epochs=4, **mode):
+    loss = {"easy": "mse", "hard": "mse"}
+    model.compile(keras.optimizers.SGD(0.05), loss, loss_weights=loss_weights, **mode)
+    arguments = {"batch_size": 10, "shuffle": False, "verbose": 0, "validation_data": (X, Y)}
+    return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **arguments).history
+
+
+class Parameters(keras.callbacks.Callback):
+    """Those that the model has after each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_epoch = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.by_epoch.append(self.model.get_weights())
+
+
+def test_term_that_a_layer_adds_has_a_weight_beside_those_of_the_outputs(mode):
+    dwa = DynamicWeightAverage({"easy": 1.0, "hard": 3.0}, temperature=0.2)
+    schedule = LossWeightScheduler({"size": 2.0}, lambda epoch: {"size": FACTORS[epoch]})
+    model = two_outputs(Penalty(), Annealed)
+    model.compound = CompoundLoss(["size"], schedule)
+    plain, parameters = two_outputs(keras.layers.Identity()), Parameters()
+    plain.set_weights(model.get_weights())
+    history = fit(model, dwa, schedule, parameters, loss_weights=dwa.loss_weights, **mode)
+
+    fit(plain, loss_weights={"easy": 1.0, "hard": 3.0}, epochs=1)
+    for ours, theirs in zip(parameters.by_epoch[0], plain.get_weights(), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)  # The term's factor was 0.
+    assert history["size_weight"] == [0.0, 1.0, 2.0, 2.0]
+    assert history["hard_weight"][3] != 3.0
+    logs = {key: np.array(values) for key, values in history.items()}
+    weights = [logs[f"{name}_weight"] for name in ("easy", "hard", "size")]
+    for prefix in ("", "val_"):
+        losses = [logs[f"{prefix}{name}_loss"] for name in ("easy", "hard", "size")]
+        total = sum(w * loss for w, loss in zip(weights, losses, strict=True))
+        np.testing.assert_allclose(logs[f"{prefix}loss"], total, rtol=1e-5)
+        base_loss = losses[0] + 3.0 * losses[1] + 2.0 * losses[2]
+        np.testing.assert_allclose(logs[f"{prefix}base_loss"], base_loss, rtol=1e-5)
+
+
+class ReverseGradient(keras.layers.Layer):
+    def build(self, input_shape):
+        self.scale = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+    def call(self, inputs):
+        return keras.ops.stop_gradient((1 + self.scale) * inputs) - self.scale * inputs
+
+
+def test_number_that_a_layer_uses_follows_a_weight(mode):
+    reverse, parameters = ReverseGradient(), Parameters()
+    schedule = LossWeightScheduler(["easy", "hard"], lambda epoch: {"hard": FACTORS[epoch]})
+    follow = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: reverse.scale.assign(
+            float(schedule.loss_weights["hard"])
+        )
+    )
+    model = two_outputs(reverse)
+    model.get_layer("easy").trainable = model.get_layer("hard").trainable = False
+    before = model.get_layer("trunk").get_weights()[0]
+    history = fit(model, schedule, follow, parameters, loss_weights=schedule.loss_weights, **mode)
+    trunks = [before, *(weights[0] for weights in parameters.by_epoch)]
+    # Nothing goes back through the layer at first, and then what enlarges the losses.
+    moved = [np.abs(new - old).max() for old, new in itertools.pairwise(trunks)]
+    assert moved[0] == 0.0 < min(moved[1:])
+    assert history["val_base_loss"] == sorted(history["val_base_loss"])
