@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from common import BACKEND, deep_elsewhere, one_backend
+from known_rules import RULES
 from processes import succeeds
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -105,14 +106,16 @@ def test_vae(run):
 
 @pytest.mark.deep
 @one_backend
-def test_own_rules(run):
-    lines = run("own_rule.py", 3)
-    rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
-    soft_adapt, momentum = rows[:3], rows[3:]
-    assert [sum(row[1::2]) for row in soft_adapt] == pytest.approx([3, 3, 1], abs=0.003)
-    assert [sum(row[1::2]) for row in momentum] == pytest.approx([3, 3, 3], abs=0.003)
-    assert momentum[2][1::2] != [1.0, 1.0, 1.0]
-    assert [len(numbers(line)) for line in lines[-3:]] == [3, 3, 3]
+def test_known_rules(run):
+    lines = run("known_rules.py", 3)
+    weights = {line.split(":")[0].strip(): numbers(line) for line in lines if "last epoch" in line}
+    assert list(weights) == list(RULES)
+    assert len({tuple(each) for each in weights.values()}) == len(RULES)
+    assert weights.pop("SoftAdapt") == pytest.approx([1 / 3] * 3, abs=0.05)
+    assert weights.pop("LBTW") == pytest.approx([0.8] * 3, abs=0.4)
+    for each in weights.values():
+        assert sum(each) == pytest.approx(3, abs=0.003)
+    assert [len(numbers(line)) for line in lines[-3:]] == [len(RULES)] * 3
 
 
 @deep_elsewhere

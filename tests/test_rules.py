@@ -1,13 +1,12 @@
 """Custom rules: what they get, what they return, what they remember."""
 
-import itertools
 import pickle
 import re
 
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, X, Y, dict_model, one_backend, train
+from common import LOSSES, X, Y, dict_model, one_backend, train
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
 
@@ -235,18 +234,3 @@ def test_rule_is_shown_by_its_name_outputs_and_current_weights():
         "DynamicWeightAverage(['easy', 'hard'], temperature=2.0, "
         "weights={'easy': 0.9003, 'hard': 1.1})"
     )
-
-
-@pytest.mark.skipif(BACKEND != "torch", reason="one backend is enough for two packages' numbers")
-def test_soft_adapt_of_the_example_is_that_of_its_package():
-    from own_rule import SoftAdapt
-    from softadapt.algorithms import SoftAdapt as Reference
-
-    losses = np.random.default_rng(0).uniform(0.1, 3, size=(6, 3))
-    rule, reference = SoftAdapt(["a", "b", "c"]), Reference(beta=SoftAdapt.beta, accuracy_order=1)
-    rule.step(dict(zip("abc", losses[0], strict=True)))
-    assert set(rule.factors.values()) == {1.0}
-    for former, latter in itertools.pairwise(losses):
-        factors = rule.step(dict(zip("abc", latter, strict=True)))
-        expected = reference.get_component_weights(*np.stack([former, latter]).T, verbose=False)
-        np.testing.assert_allclose(list(factors.values()), expected, rtol=1e-5)

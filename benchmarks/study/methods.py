@@ -13,7 +13,7 @@ targets.
 import functools
 
 import numpy as np
-from own_rule import MomentumDWA, SoftAdapt
+from known_rules import InverseLoss, MomentumDWA, RandomWeights, ReLoBRaLo, SoftAdapt
 from vae import anneal
 
 from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler
@@ -23,58 +23,16 @@ TEMPERATURES = (0.5, 1.0, 2.0, 5.0)
 BUDGET = 12
 
 
-class RandomWeights(LossWeighting):
-    """Weights drawn anew after each epoch, which sum to K (Lin et al., arXiv:2111.10603)."""
-
-    seed = 0
-
-    def update(self, epoch, logs):
-        draw = np.random.default_rng((self.seed, epoch)).normal(size=len(self.outputs))
-        weights = len(draw) * np.exp(draw) / np.exp(draw).sum()
-        return dict(zip(self.outputs, weights.tolist(), strict=True))
-
-
-class InverseLoss(LossWeighting):
-    """1 / loss of each epoch, which sum to K: what analytic uncertainty weighting comes to."""
-
-    def update(self, epoch, logs):
-        inverse = np.array([1 / max(logs[f"{name}_loss"], 1e-12) for name in self.outputs])
-        weights = len(inverse) * inverse / inverse.sum()
-        return dict(zip(self.outputs, weights.tolist(), strict=True))
-
-
-class ReLoBRaLo(LossWeighting):
-    """Relative loss balancing with random lookback, at each step: arXiv:2110.09813, section 3.
-
-    With balanced(t') = K * softmax(L_k(t) / (T * L_k(t'))), the weights are
-
-        lambda(t) = alpha * history(t) + (1 - alpha) * balanced(t-1)
-        history(t) = lambda(t-1), or now and then, with the chance 1 - rho, balanced(0)
-    """
-
-    alpha, rho, temperature, seed = 0.999, 0.999, 0.1, 0
-
-    def update(self, step, logs):
-        losses = np.array([logs[f"{name}_loss"] for name in self.outputs])
-        first, former = self.state.get("first", losses), self.state.get("former")
-        self.state["first"], self.state["former"] = first, losses
-        if former is None:
-            return None
-
-        def balanced(reference):
-            logits = losses / (self.temperature * np.maximum(reference, 1e-12))
-            unnormalized = np.exp(logits - logits.max())
-            return len(losses) * unnormalized / unnormalized.sum()
-
-        looks_back = np.random.default_rng((self.seed, step)).random() < self.rho
-        history = np.array(list(self.factors.values())) if looks_back else balanced(first)
-        weights = self.alpha * history + (1 - self.alpha) * balanced(former)
-        return dict(zip(self.outputs, weights.tolist(), strict=True))
-
-
 def relobralo(tasks, steps, seed):
     weighting = ReLoBRaLo(tasks, update_freq=1)
     weighting.seed = seed
+    return weighting
+
+
+def soft_adapt(tasks, steps, seed):
+    weighting = SoftAdapt(tasks)
+    # For the changes of an epoch, which are small: at 0.1, all weights would be about 1 / K.
+    weighting.beta = 10.0
     return weighting
 
 
@@ -103,7 +61,7 @@ METHODS = {
     "DWA, 4 windows an epoch": lambda tasks, steps, seed: DynamicWeightAverage(
         tasks, update_freq=max(1, steps // 4)
     ),
-    "SoftAdapt": lambda tasks, steps, seed: SoftAdapt(tasks),
+    "SoftAdapt": soft_adapt,
     "random": random,
     "adapt": lambda tasks, steps, seed: LossWeighting(tasks),
     "adapt, DWA": lambda tasks, steps, seed: DynamicWeightAverage(tasks),

@@ -1,0 +1,121 @@
+"""The rules of `examples/known_rules.py`, side by side with their originals or their papers."""
+
+import keras
+import numpy as np
+import pytest
+from common import BACKEND, Y, dict_model, one_backend, train
+from known_rules import (
+    InverseLoss,
+    LossBalanced,
+    MomentumDWA,
+    RandomWeights,
+    ReLoBRaLo,
+    SoftAdapt,
+    TaskPriority,
+)
+
+from keras_dwa import DynamicWeightAverage
+
+NAMES = ["b", "c", "a"]
+EPOCHS = np.random.default_rng(0).uniform(0.1, 3.0, (6, len(NAMES)))
+with_its_package = pytest.mark.skipif(BACKEND != "torch", reason="where its package is installed")
+
+
+def weights_of(rule, epochs=EPOCHS):
+    """The weights after each epoch of losses, in the order of `NAMES`."""
+    steps = [rule.step(dict(zip(NAMES, losses, strict=True))) for losses in epochs]
+    return np.array([[weights[name] for name in NAMES] for weights in steps])
+
+
+@with_its_package
+def test_soft_adapt():
+    from softadapt.algorithms import SoftAdapt as Reference
+
+    rule, reference = SoftAdapt(NAMES), Reference(beta=SoftAdapt.beta, accuracy_order=1)
+    found = weights_of(rule)
+    for epoch in range(1, len(EPOCHS)):
+        expected = reference.get_component_weights(*EPOCHS[: epoch + 1].T.tolist(), verbose=False)
+        np.testing.assert_allclose(found[epoch], expected, rtol=1e-5)
+
+
+@with_its_package
+def test_inverse_loss_has_the_gradients_of_the_geometric_mean_and_of_imtl_at_its_optimum():
+    import torch
+    from torchjd.scalarization import IMTLL, GeometricMean
+
+    imtl = IMTLL(len(NAMES))
+    for weights, epoch in zip(weights_of(InverseLoss(NAMES)), EPOCHS, strict=True):
+        losses = torch.tensor(epoch, requires_grad=True)
+        with torch.no_grad():
+            imtl.log_scale.copy_(-torch.log(losses))
+        (by_scale,) = torch.autograd.grad(imtl(losses), imtl.log_scale, retain_graph=True)
+        np.testing.assert_allclose(by_scale, 0.0, atol=1e-6)
+        for reference in (imtl, GeometricMean()):
+            (gradient,) = torch.autograd.grad(reference(losses), losses)
+            expected = len(NAMES) * gradient / gradient.sum()
+            np.testing.assert_allclose(weights, expected, rtol=1e-5)
+
+
+@one_backend
+def test_random_weights_are_softmax_of_a_normal_draw_that_comes_back():
+    names = ["a", "b"]
+    weights = [RandomWeights(names).update(epoch, {}) for epoch in range(4000)]
+    found = np.array([[row["a"], row["b"]] for row in weights])
+    np.testing.assert_allclose(found.sum(axis=1), 2.0)
+    logits = np.log(found[:, 0] / found[:, 1])  # The difference of two normal draws.
+    assert abs(logits.mean()) < 0.1
+    assert logits.std() == pytest.approx(np.sqrt(2), rel=0.05)
+    assert weights[7] == RandomWeights(names).update(7, {})
+
+
+@one_backend
+@pytest.mark.parametrize("rho", [0.0, 1.0])
+def test_relobralo(rho):
+    rule = ReLoBRaLo(NAMES)
+    rule.alpha, rule.rho, rule.temperature = 0.9, rho, 0.5
+    found, size = weights_of(rule), len(NAMES)
+
+    def balanced(i, t, former):
+        exponents = [EPOCHS[t, k] / (0.5 * EPOCHS[former, k]) for k in range(size)]
+        return size * np.exp(exponents[i]) / sum(np.exp(exponents))
+
+    expected = np.ones(size)
+    for t in range(1, len(EPOCHS)):
+        for i in range(size):
+            history = expected[i] if rho == 1.0 else balanced(i, t, 0)
+            expected[i] = 0.9 * history + (1 - 0.9) * balanced(i, t, t - 1)
+        np.testing.assert_allclose(found[t], expected, rtol=1e-5)
+
+
+@one_backend
+def test_loss_balanced():
+    found = weights_of(LossBalanced(NAMES), [(4.0, 1.0, 2.0), (1.0, 4.0, 2.0)])
+    np.testing.assert_allclose(found, [[1.0, 1.0, 1.0], [0.5, 2.0, 1.0]])
+
+
+def score(y_true, y_pred):
+    return keras.ops.exp(-keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1))
+
+
+@one_backend
+def test_task_priority_reads_metrics_of_the_logs():
+    rule, model = TaskPriority(["hard", "easy"]), dict_model()
+    rule.metrics = {"easy": "easy_score", "hard": "val_hard_score"}
+    rule.gamma, rule.alpha = 2.0, 0.25
+    metrics = {name: [score] for name in Y}
+    history = train(model, rule, mode={"metrics": metrics}, validation_split=0.2)
+    for name, key in rule.metrics.items():
+        first, second, _ = history[key]
+        means = np.array([first, 0.25 * second + 0.75 * first])
+        assert 0 < means.min() < means.max() < 1
+        found = history[f"{name}_weight"][1:]
+        np.testing.assert_allclose(found, -((1 - means) ** 2) * np.log(means), rtol=1e-5)
+
+
+@one_backend
+def test_momentum():
+    rule, plain = MomentumDWA(NAMES), DynamicWeightAverage(NAMES)
+    expected = np.ones(len(NAMES))
+    for found, new in zip(weights_of(rule), weights_of(plain), strict=True):
+        expected = 0.7 * expected + 0.3 * new
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
