@@ -56,6 +56,11 @@ THIRD_PARTY = [
     "tokenizers==0.23.3",
 ]
 
+OTHER_TOOLS = [
+    *("comet-ml==3.58.8", "dvclive==3.49.1", "mlflow==3.17.2", "optuna==5.0.0"),
+    *("optuna-integration==5.0.0", "scikeras==0.13.0", "wandb==0.31.0"),
+]
+
 
 def install(session, *packages):
     # What is imported is compiled then, which takes less than to compile all of it now.
@@ -212,6 +217,15 @@ def third_party(session, backend):
     # KerasHub requires the whole of TensorFlow, but loads data with Grain where that is installed.
     session.install("--no-deps", "keras-hub==0.32.0")
     run_tests(session, backend, "docs/third_party.md")
+
+
+@nox.session(default=False)
+@nox.parametrize("backend", list(BACKENDS))
+def other_tools(session, backend):
+    """The manual's page about loggers and searches of other packages, with those packages."""
+    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, *OTHER_TOOLS, ".")
+    # Their own warnings are theirs.
+    run_tests(session, backend, "-W", "default", "docs/other_tools.md")
 
 
 @nox.session(default=False)

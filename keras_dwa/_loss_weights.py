@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 import keras
 import numpy as np
@@ -50,6 +50,12 @@ class LossWeight(keras.Variable):
     def __float__(self) -> float:
         # Of the host: on JAX, a variable that another thread reads costs that of `fit` its step.
         return float(self._vector.current[self._index])
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        # As of the callback. SciKeras's estimators are copied with what they compile.
+        return self
+
+    __copy__ = __deepcopy__
 
     def get_config(self) -> dict[str, float]:
         return {"value": float(self)}

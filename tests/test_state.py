@@ -116,6 +116,8 @@ def test_copy_is_the_original_and_a_pickled_callback_goes_on_without_it():
     train(dict_model(), dwa)
     moved = dwa.step()
     assert copy.copy(dwa) is copy.deepcopy([dwa])[0] is dwa
+    weights = dwa.loss_weights
+    assert copy.copy(weights["easy"]) is copy.deepcopy(weights)["easy"] is weights["easy"]
     unpickled = pickle.loads(pickle.dumps(dwa))
     assert (repr(unpickled), unpickled.verbose) == (repr(dwa), 1)
     expected = unpickled.step({"easy": 0.1, "hard": 0.7})
