@@ -114,15 +114,17 @@ def _compound_problem(model: keras.Model) -> str | None:
 
 
 def _one_output_problem(model: keras.Model, entries: Entries, has_record: bool) -> str | None:
-    names = list(getattr(model, "output_names", ()))
+    is_sequential = isinstance(model, keras.Sequential)
+    has_one_output = is_sequential or len(getattr(model, "output_names", ())) == 1
     may_record = has_record and not is_compiled_with(model, entries)
-    if len(names) != 1 or len(entries) == 1 or may_record or lacks_compound_loss(model, has_record):
+    if not has_one_output or len(entries) == 1:
         return None
-    losses = ", ".join(f"{name!r}: ..." for name in entries)
+    if may_record or lacks_compound_loss(model, has_record):
+        return None
     return (
-        f"`model` has one output, {names[0]!r}, and the callback weights {list(entries)}. Give "
-        "several losses to one output by\n"
-        f"    compound = keras_dwa.CompoundLoss({{{losses}}}, weighting)\n"
+        f"`model` has one output, and the callback weights {list(entries)}. Give several losses to "
+        "one output by\n"
+        f"    compound = keras_dwa.CompoundLoss({_with_dots(entries)}, weighting)\n"
         "    model.compile(..., loss=compound)"
     )
 
@@ -200,8 +202,11 @@ def _path_name(path: tuple[Any, ...]) -> str:
 
 
 def _compile_call(names: Iterable[str]) -> str:
-    losses = ", ".join(f"{name!r}: ..." for name in names)
-    return f"model.compile(..., loss={{{losses}}}, loss_weights=weighting.loss_weights)"
+    return f"model.compile(..., loss={_with_dots(names)}, loss_weights=weighting.loss_weights)"
+
+
+def _with_dots(names: Iterable[str]) -> str:
+    return f"{{{', '.join(f'{name!r}: ...' for name in names)}}}"
 
 
 def _combine_call(model: keras.Model, entries: Entries) -> str:
@@ -209,11 +214,10 @@ def _combine_call(model: keras.Model, entries: Entries) -> str:
     step = own_step(model)
     if step == "train_step" and keras.backend.backend() == "jax":
         step = "compute_loss`, which `train_step` calls by `self.stateless_compute_loss"
-    terms = ", ".join(f"{name!r}: ..." for name in entries)
     return (
         f"`{type(model).__name__}` has a step of its own and was compiled without a loss. Combine "
         "its losses by a compound loss with this callback: in `__init__`,\n"
         f"    self.compound = keras_dwa.CompoundLoss({list(entries)}, weighting)\n"
-        f"and in `{step}`\n    loss = self.compound.combine({{{terms}}})\n"
+        f"and in `{step}`\n    loss = self.compound.combine({_with_dots(entries)})\n"
         "If it has a compound loss, pass the callback that has it."
     )

@@ -249,7 +249,7 @@ MISWIRINGS = {
             run=compound_for_all, model=TwoHeads, on=["jax", "torch"]),
         row("weight_of_a_compound_loss", "weight. Found `loss_weights=[0.5]`", "loss=compound)",
             run=compound_for_one, loss_weights=[0.5]),
-        row("two_losses_for_one_output", "one output, 'easy'", "CompoundLoss({'mae': ..., 'mse': ",
+        row("two_losses_for_one_output", "one output", "CompoundLoss({'mae': ..., 'mse': ...}",
             "loss=compound)", run=two_losses_for_one),
         row("two_compound_losses", "two weightings", "DynamicWeightAverage(['easy'], t", "['hard']",
             run=two_weightings),
