@@ -72,7 +72,8 @@ class LossWeighting(keras.callbacks.Callback):
       averages the total over samples, but its parts over batches, so that it moves a little if the
       last batch is smaller.)
 
-    Callbacks that read these come after this one in the list.
+    Where the weights move within epochs, the logs of each batch have `<name>_weight`, too: that of
+    the batch. Callbacks that read these keys come after this one in the list.
 
     A model that the callback has not seen starts afresh, with the factors assigned since an epoch
     was last trained; a second `fit` of the same model goes on. One callback serves one model at a
@@ -373,7 +374,8 @@ class LossWeighting(keras.callbacks.Callback):
 
         Args:
             factors: output name to factor, a finite number >= 0; names left out keep theirs. 0
-                switches a loss off until another factor is assigned.
+                switches a loss off until another factor is assigned. (An optimizer's momentum still
+                moves the layers that it trained for a while.)
 
         Raises:
             ValueError: if a name is not an output's, or a factor not as described.
