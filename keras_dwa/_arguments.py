@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_dwa._backends import floatx_range
 from keras_dwa._formula import is_positive
 from keras_dwa._ledger import Vector
 from keras_dwa._logs import check_log_names
@@ -30,13 +31,15 @@ def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, flo
         if names.count(name) > 1:
             raise ValueError(f"`outputs` names {name!r} more than once: `outputs = {outputs}`.")
     base_weights = outputs if isinstance(outputs, Mapping) else dict.fromkeys(names, 1.0)
-    smallest, largest = _floatx_range()
+    smallest, largest = floatx_range()
     for name, base_weight in base_weights.items():
         # Most rules have factors up to the number of outputs.
         if not is_positive(base_weight) or not smallest <= base_weight <= largest / len(names):
             raise ValueError(
                 "A base weight must be a finite number > 0, and stay so in "
-                f"{keras.config.floatx()}. Found {base_weight!r} for {name!r}."
+                f"{keras.config.floatx()}. Found {base_weight!r} for {name!r}. To switch a loss "
+                f"off, write\n    weighting.assign({{{name!r}: 0.0}})\nTo make a term large, as an "
+                "entropy, negate the term."
             )
     check_log_names(names)
     return {name: float(base_weight) for name, base_weight in base_weights.items()}
@@ -70,7 +73,7 @@ def check_factors(
     if unknown := [name for name in found if name not in factors]:
         raise ValueError(f"{source} gave factors for {unknown}. The outputs are {list(factors)}.")
     factors.update({name: as_float(value) for name, value in found.items()})
-    _, largest = _floatx_range()
+    _, largest = floatx_range()
     for name, base_weight in base_weights.items():
         factor = factors[name]
         if factor is None or not 0 <= factor * base_weight <= largest:
@@ -110,7 +113,12 @@ def check_scale(losses: Mapping[str, float]) -> None:
 
 def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:
     """What a rule keeps as arrays that a file can have, or a ValueError."""
-    arrays = {name: np.asarray(value) for name, value in memory.items()}
+    arrays = {}
+    for name, value in memory.items():
+        try:
+            arrays[name] = np.asarray(value)
+        except ValueError:  # Of lists of different lengths.
+            arrays[name] = np.array(None)
     for name, array in arrays.items():
         if not isinstance(name, str) or array.dtype.kind not in "biufc":
             raise ValueError(
@@ -118,10 +126,3 @@ def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:
                 "by name."
             )
     return arrays
-
-
-def _floatx_range() -> tuple[float, float]:
-    # NumPy does not know bfloat16, which has the range of float32.
-    floatx = keras.config.floatx()
-    limits = np.finfo("float32" if floatx == "bfloat16" else floatx)
-    return float(limits.tiny), float(limits.max)

@@ -60,7 +60,9 @@ class Backend:
         """
         losses = replicas * keras.ops.cast(keras.ops.stop_gradient(losses), dtype)
         row = keras.ops.concatenate([losses, keras.ops.ones((1,), dtype)])
-        return row * keras.ops.cast(samples, dtype)
+        # Not a number as a tensor: for each, `torch.compile` would compile again.
+        is_number = isinstance(samples, (int, float))
+        return row * (samples if is_number else keras.ops.cast(samples, dtype))
 
     def add_batch(self, record: Any, losses: Any, samples: Any, replicas: Any) -> None:
         """Adds a batch to a record, a variable of shape `(2, K + 1)`."""
@@ -134,10 +136,32 @@ def _is_stateless() -> bool:
         return scope.original_scope is not None
 
 
+def unsharded() -> AbstractContextManager[None]:
+    """Variables made here are whole on each device, whatever patterns of `ModelParallel` fit."""
+    distribution = keras.distribution.distribution()
+    if not isinstance(distribution, keras.distribution.ModelParallel):
+        return nullcontext()
+    layout_map = keras.distribution.LayoutMap(distribution.device_mesh)
+    whole = keras.distribution.ModelParallel(
+        layout_map=layout_map, batch_dim_name=distribution.batch_dim_name
+    )
+    scope: AbstractContextManager[None] = whole.scope()
+    return scope
+
+
 def widest_float(*dtypes: Any) -> str:
     """The dtype of a result of all these, as Keras has it, but float64 if any of them is."""
     names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
     return "float64" if "float64" in names else keras.backend.result_type(*names)
+
+
+def floatx_range() -> tuple[float, float]:
+    """The smallest normal number > 0 and the largest number of `floatx`."""
+    floatx = keras.config.floatx()
+    if floatx == "bfloat16":  # Which NumPy does not know.
+        return 2.0**-126, float.fromhex("0x1.fep127")
+    limits = np.finfo(floatx)
+    return float(limits.tiny), float(limits.max)
 
 
 backends = {"jax": JaxBackend, "torch": TorchBackend}

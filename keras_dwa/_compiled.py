@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_dwa._keras_internals import compiled_loss_weights, has_several_losses
-from keras_dwa._loss_weights import LossWeight
+from keras_dwa._loss_weights import LossWeight, as_float
 
 Entries = Mapping[str, LossWeight]
 
@@ -60,6 +60,8 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
             f"    {_compile_call(output_names)}\n"
             "Numbers of your own are base weights: outputs={name: number}"
         )
+    if not isinstance(loss, dict) and max(len(output_names), len(entries)) == 1:
+        return None
     if isinstance(loss, (list, tuple)):
         outputs = model.output if hasattr(model, "output_names") else None
         if not isinstance(outputs, (list, tuple)) or not isinstance(loss_weights, (list, tuple)):
@@ -70,8 +72,6 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
                 f"one, too):\n    {_compile_call(output_names)}"
             )
     elif not isinstance(loss, dict):
-        if max(len(output_names), len(entries)) == 1:
-            return None
         return (
             f"`model` was compiled with one loss, {loss!r}, for all its outputs. Compile with "
             f"a dict:\n    {_compile_call(output_names)}"
@@ -168,13 +168,25 @@ def _fixed(model: keras.Model, entries: Entries) -> dict[str, Any]:
     }
 
 
-def fixed_part(model: keras.Model, logs: Mapping[str, float], entries: Entries) -> float:
+def fixed_part(
+    model: keras.Model, logs: Mapping[str, float], entries: Entries, prefix: str = ""
+) -> float:
     """What outputs with a weight of the user's own add to the loss; NaN if it is no number."""
     part = 0.0
     for name, weight in _fixed(model, entries).items():
         number = weight if isinstance(weight, (int, float)) else math.nan
-        part += number * logs.get(f"{name}_loss", math.nan)
+        part += number * logs.get(f"{prefix}{name}_loss", math.nan)
     return part
+
+
+def regularization(model: keras.Model) -> float | None:
+    """What Keras adds to the losses of the outputs, with the parameters of now; None if unknown."""
+    if has_own(model, "compute_loss", "train_step", "test_step"):
+        return None
+    regularized = [v for v in model.trainable_variables if v.regularizer is not None]
+    if len(model.losses) != len(regularized):
+        return None  # What layers add in a step has no value outside of it.
+    return sum(as_float(variable.regularizer(variable)) or 0.0 for variable in regularized)
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:

@@ -217,7 +217,9 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
             weight = sample_weight.get(name)
             # A copy: on torch, Keras multiplies them by the mask in place.
             weight = None if weight is None else keras.ops.copy(weight)
-            values[name] = loss(y_true[name], y_pred[name], weight)
+            value = loss(y_true[name], y_pred[name], weight)
+            # Of a batch without samples, Keras does not take the mean.
+            values[name] = keras.ops.sum(value) if tuple(value.shape) == (0,) else value
         return values, keras.ops.shape(y_pred[names[0]])[0]
 
     def _combine(self, values: Any, samples: Any) -> Any:

@@ -6,9 +6,18 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keras_dwa._backends import floatx_range
 from keras_dwa._ledger import Ledger, Vector, loss_parts
+from keras_dwa._loss_weights import as_float
 
 Logs = Mapping[str, float]
+
+
+def make_floats(logs: dict[str, float]) -> None:
+    """Replaces numbers that are none of Python's, as Keras leaves them for bfloat16."""
+    for key, value in logs.items():
+        if type(value) is not float and (number := as_float(value)) is not None:
+            logs[key] = number
 
 
 def check_log_names(names: Sequence[str]) -> None:
@@ -65,7 +74,8 @@ def check_logs(logs: Logs, names: Sequence[str], may_lack: bool = False) -> None
 
 def check_total(logs: Logs, weighted: float) -> None:
     """Raises a ValueError if the total loss is 0 in the logs, and the weighted sum is not."""
-    if logs.get("loss") == 0 < weighted:
+    smallest, _ = floatx_range()
+    if logs.get("loss") == 0 and weighted > 100 * smallest:  # Else it underflows.
         raise ValueError(
             f"`loss` was 0 in the logs, although the weighted losses sum to {weighted}: nothing "
             "updates the metric that Keras logs. Leave `loss` out of your metrics and of what "
@@ -105,10 +115,24 @@ def add_weights(logs: dict[str, float], names: Sequence[str], weights: Vector) -
 
 
 def add_base_loss(
-    logs: dict[str, float], ledger: Ledger, losses: Vector, base_weights: Vector
+    logs: dict[str, float],
+    ledger: Ledger,
+    losses: Vector,
+    base_weights: Vector,
+    rest: float | None,
 ) -> None:
-    """Adds what the total loss would be under the base weights, if there is a total."""
-    if "loss" in logs:
+    """Adds what the total loss would be under the base weights, if there is a total.
+
+    Args:
+        logs: those of an epoch.
+        ledger: the segments of the epoch.
+        losses: the averages of its losses.
+        base_weights: the base weights.
+        rest: what the total has beside these losses; None if only the total tells.
+    """
+    if "loss" in logs and rest is not None:
+        logs["base_loss"] = float(base_weights @ losses) + rest
+    elif "loss" in logs:
         # Another weighting, of other losses of the model, may have begun it.
         total, parts = logs.get("base_loss", logs["loss"]), loss_parts(ledger, losses)
         base_parts = loss_parts(ledger, losses, base_weights)
@@ -121,6 +145,7 @@ def add_val_base_loss(
     weights: Vector,
     base_weights: Vector,
     recorded: Vector | None,
+    rest: float | None,
 ) -> str | None:
     """Adds what the validation's total loss would be under the base weights, if there is one.
 
@@ -131,6 +156,7 @@ def add_val_base_loss(
         base_weights: the base weights.
         recorded: the averages that a compound loss recorded in it, NaN if it was not called; None
             if the model has none.
+        rest: as in `add_base_loss`.
 
     Returns:
         A warning, if it cannot.
@@ -150,6 +176,9 @@ def add_val_base_loss(
             "adds no `val_base_loss`: nothing was recorded in validation. In `compute_loss`, or a "
             "`test_step` of your own, `combine` the terms in validation, too."
         )
+    if rest is not None:
+        logs["val_base_loss"] = float(base_weights @ losses) + rest
+        return None
     total = logs.get("val_base_loss", logs["val_loss"])
     logs["val_base_loss"] = _base_loss(total, weights * losses, base_weights * losses, losses)
     return None

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
-from keras_dwa._backends import backend, widest_float
+from keras_dwa._backends import backend, unsharded, widest_float
 from keras_dwa._ledger import Vector, repeat_count
 
 
@@ -26,16 +26,17 @@ class LossRecord:
     def __init__(self, size: int) -> None:
         # As `Metric.add_variable` does, but not cast within a layer of mixed precision: there,
         # nothing that is assigned would stay on torch.
-        self.variable = keras.Variable(
-            "zeros",
-            (2, size + 1),
-            widest_float(keras.config.floatx(), "float32"),
-            trainable=False,
-            autocast=False,
-            aggregation="sum",
-            synchronization="on_read",
-            name="record",
-        )
+        with unsharded():
+            self.variable = keras.Variable(
+                "zeros",
+                (2, size + 1),
+                widest_float(keras.config.floatx(), "float32"),
+                trainable=False,
+                autocast=False,
+                aggregation="sum",
+                synchronization="on_read",
+                name="record",
+            )
         # Of the samples: the first row as `take` found it, and what it took from the second.
         self._counted = self._taken = 0.0
 

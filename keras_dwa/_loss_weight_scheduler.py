@@ -73,11 +73,12 @@ class LossWeightScheduler(LossWeighting):
         schedule = self.schedule
         registered = schedule if inspect.isfunction(schedule) else type(schedule)
         name = keras.saving.get_registered_name(registered)
-        if keras.saving.get_registered_object(name) is not registered:
+        can_load = inspect.isfunction(schedule) or hasattr(schedule, "from_config")
+        if keras.saving.get_registered_object(name) is not registered or not can_load:
             raise ValueError(
                 f"Keras saves a `schedule` that is registered. Found {schedule!r}. Write\n"
                 "    @keras.saving.register_keras_serializable()\n"
-                "before its `def` (or its class, which needs a `get_config`)."
+                "before its `def` (or its class, which needs `get_config` and `from_config`)."
             )
         return {**super().get_config(), "schedule": schedule}
 

@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_dwa import _arguments, _logs, _ranks, _wiring
-from keras_dwa._compiled import fixed_part
+from keras_dwa._compiled import fixed_part, regularization
 from keras_dwa._evaluation import evaluated_sums
 from keras_dwa._formula import scaled_weights
 from keras_dwa._ledger import (
@@ -68,9 +68,8 @@ class LossWeighting(keras.callbacks.Callback):
       `<name>_weight * <name>_loss`, plus regularization. If it changed within the epoch, its mean
       over the batches, each counted as in `loss`;
     - `base_loss` and `val_base_loss`: the total loss under the base weights alone. Unlike
-      `val_loss` it does not move with the weights: it is the one to monitor. (On TensorFlow, Keras
-      averages the total over samples, but its parts over batches, so that it moves a little if the
-      last batch is smaller.)
+      `val_loss` it does not move with the weights: it is the one to monitor. (In a graph of
+      TensorFlow, Keras averages the losses over batches, and so does `base_loss`.)
 
     Where the weights move within epochs, the logs of each batch have `<name>_weight`, too: that of
     the batch. Callbacks that read these keys come after this one in the list.
@@ -255,6 +254,7 @@ class LossWeighting(keras.callbacks.Callback):
         run.end_batch(batch)
         if not logs or (run.has_logs and not run.moves_within):
             return
+        _logs.make_floats(logs)
         names = self._weights.names
         # In this order, for another thread adds to the ledger before it changes the weights.
         current, ledger = self._weights.vector.current, run.ledger
@@ -290,17 +290,21 @@ class LossWeighting(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         run, weights = self._this_run(), self._weights
         logs = {} if logs is None else logs
+        _logs.make_floats(logs)
         weights.vector.restore()
         if not self._has_losses(run):
             return self._end_empty_epoch(run, epoch)
         ledger, losses = self._epoch_losses(run, logs)
         _logs.add_weights(logs, weights.names, mean_weights(ledger))
         self._check_effect(logs, ledger, losses)
-        _logs.add_base_loss(logs, ledger, losses, weights.base_weights)
+        rest, val_rest = self._rest(logs), self._rest(logs, "val_")
+        _logs.add_base_loss(logs, ledger, losses, weights.base_weights, rest)
         had, recorded = run.validation or (weights.vector.current, None)
         if recorded is not None:
             recorded = _logs.logged_if_recorded(logs, weights.names, recorded, weights.logged or ())
-        message = _logs.add_val_base_loss(logs, weights.names, had, weights.base_weights, recorded)
+        message = _logs.add_val_base_loss(
+            logs, weights.names, had, weights.base_weights, recorded, val_rest
+        )
         self._messages += [message] if message else []
         self._end_epoch(run, epoch, logs, losses)
         is_rule = type(self).update is not LossWeighting.update
@@ -736,8 +740,24 @@ class LossWeighting(keras.callbacks.Callback):
             losses = _logs.logged_losses(logs, names, mean_weights(ledger))
         if run.parallel is not None:
             losses = _ranks.same_on_ranks(losses, weights, run.parallel)
-        _logs.check_total(logs, float(loss_parts(ledger, losses).sum()))
+        weighted = float(loss_parts(ledger, losses).sum())
+        _logs.check_total(logs, weighted)
+        if run.by_record:
+            _wiring.check_nested(self.model, logs, weighted)
         return ledger, losses
+
+    def _rest(self, logs: Mapping[str, float], prefix: str = "") -> float | None:
+        """What the total loss has beside the weighted ones; None if only the total tells.
+
+        TensorFlow averages the total over samples, but its parts over batches: where batches differ
+        in size, a difference of the two would be wrong.
+        """
+        is_tensorflow = keras.backend.backend() == "tensorflow"
+        if not is_tensorflow or self._this_run().by_record:
+            return None
+        added = regularization(self.model)
+        fixed = fixed_part(self.model, logs, self._weights.entries, prefix)
+        return None if added is None else fixed + added
 
     def _check_first_batches(self) -> None:
         # Once a batch has begun, since TensorFlow builds the losses in it.

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from numpy.typing import NDArray
 
+from keras_dwa._backends import unsharded
 from keras_dwa._formula import scaled_weights
 from keras_dwa._ledger import Vector
 from keras_dwa._loss_record import LossRecord, to_numpy
@@ -32,7 +33,7 @@ class LossWeight(keras.Variable):
             autocast=False,
             name=f"{output}_weight".replace("/", "."),  # Keras keeps "/" for paths.
         )
-        self._vector, self._index, self._output = vector, index, output
+        self._vector, self._index, self.output = vector, index, output
 
     @property
     def value(self) -> Any:
@@ -41,7 +42,7 @@ class LossWeight(keras.Variable):
     def assign(self, value: Any) -> NoReturn:
         raise RuntimeError(
             f"A loss weight is read-only. Found {value!r} assigned to {self.name!r}. Write\n"
-            f"    weighting.assign({{{self._output!r}: factor}})"
+            f"    weighting.assign({{{self.output!r}: factor}})"
         )
 
     def __repr__(self) -> str:
@@ -57,12 +58,29 @@ class LossWeight(keras.Variable):
 
     __copy__ = __deepcopy__
 
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            "A loss weight is no boolean. For a model with one output, write\n"
+            f"    model.compile(..., loss={{{self.output!r}: ...}}, "
+            "loss_weights=weighting.loss_weights)"
+        )
+
     def get_config(self) -> dict[str, float]:
-        return {"value": float(self)}
+        return {"value": SavedWeight(self)}
 
     @classmethod
     def from_config(cls, config: dict[str, float]) -> float:
         return config["value"]
+
+
+class SavedWeight(float):
+    """A weight in a config: a float, which only Keras's legacy HDF5 format takes for an object."""
+
+    def get_config(self) -> NoReturn:
+        raise RuntimeError(
+            "Keras could not load live loss weights from a legacy `.h5` file. Save the model as "
+            "`.keras`, or its weights as `.weights.h5`."
+        )
 
 
 class LossWeightVector(keras.Variable):
@@ -167,17 +185,18 @@ class LossWeights(keras.metrics.Metric):
         self.names, self.rules = tuple(given), tuple(rules)
         self.given = np.array(list(given.values()), dtype=np.float64)
         is_jax = keras.backend.backend() == "jax"
-        self.vector = (JaxLossWeightVector if is_jax else LossWeightVector)(
-            self.given,
-            dtype=keras.config.floatx(),
-            trainable=False,
-            autocast=False,
-            name="loss_weights",
-        )
-        # In a proxy, where Keras does not look for variables to track.
-        self.entries = MappingProxyType(
-            {name: LossWeight(self.vector, k, name) for k, name in enumerate(self.names)}
-        )
+        with unsharded():
+            self.vector = (JaxLossWeightVector if is_jax else LossWeightVector)(
+                self.given,
+                dtype=keras.config.floatx(),
+                trainable=False,
+                autocast=False,
+                name="loss_weights",
+            )
+            # In a proxy, where Keras does not look for variables to track.
+            self.entries = MappingProxyType(
+                {name: LossWeight(self.vector, k, name) for k, name in enumerate(self.names)}
+            )
         self.record: LossRecord | None = None
         self.marks = Marks()
         self.logged: tuple[str, ...] | None = None
@@ -294,6 +313,8 @@ class LossWeights(keras.metrics.Metric):
                 f"The file holds the loss weights of {outputs}, but this callback has "
                 f"{list(self.names)}. Make it with the file's outputs:\n    outputs={outputs}"
             )
+        for field in ("factors", "scale", "periods", "window"):
+            _check_field(store, field, len(outputs))
         order = [outputs.index(name) for name in self.names]
         memory = {
             name: np.asarray(store[f"memory_{index}"])
@@ -311,6 +332,27 @@ class LossWeights(keras.metrics.Metric):
         )
         self.replace(state, clear_record=True)
         self.is_loaded = True
+
+
+def _check_field(store: Any, field: str, size: int) -> None:
+    """Raises a ValueError unless a weights file has this field of the state of `size` losses."""
+    found = np.asarray(store[field]) if field in set(store.keys()) else np.array(None)
+    is_number = found.dtype.kind in "iuf"
+    if field == "periods":
+        is_valid = is_number and found.shape == () and found >= 0 and found % 1 == 0
+    else:
+        is_window = field == "window"
+        is_valid = is_number and found.shape == ((2 * size + 1,) if is_window else (size,))
+        if is_valid:
+            # The first of a window are sums of losses: any numbers.
+            checked = found[size:] if is_window else found
+            is_valid = (np.isfinite(checked) & (checked >= 0)).all()
+            is_valid = is_valid and (field != "scale" or found.all())
+    if not is_valid:
+        raise ValueError(
+            f"The file holds no state of the loss weights: {found.tolist()} as `{field}`. The "
+            "weights stay as they are. Read an earlier file."
+        )
 
 
 def as_float(value: Any) -> float | None:

@@ -1,6 +1,9 @@
 """The losses of all processes that train one model: the ranks of torch's process group."""
 
+import json
+import math
 import sys
+import zlib
 from typing import Any
 
 import keras
@@ -71,14 +74,27 @@ def _of_ranks(values: Vector, weights: LossWeights, parallel: Any = None) -> NDA
     if not (torch and torch.distributed.is_available() and torch.distributed.is_initialized()):
         return values[np.newaxis]
     group = getattr(parallel, "process_group", None)
+    size = torch.distributed.get_world_size(group)
     known = np.append(weights.vector.current, weights.state.periods)
-    shape = torch.distributed.get_world_size(group), len(known) + len(values)
-    tensor = torch.zeros(shape, dtype=torch.float64, device=weights.vector.value.device)
+    names = list(weights.names)
+    row = np.concatenate([[zlib.crc32(json.dumps(names).encode())], known, values])
+    # In a width that ranks with other outputs have, too.
+    width = max(64, 2 ** math.ceil(math.log2(len(row))))
+    tensor = torch.zeros((size, width), dtype=torch.float64, device=weights.vector.value.device)
     # Each adds a row of its own: the sum is exact, and says which ranks differ.
-    tensor[torch.distributed.get_rank(group)] = torch.as_tensor(np.append(known, values))
+    tensor[torch.distributed.get_rank(group), : len(row)] = torch.as_tensor(row)
     torch.distributed.all_reduce(tensor, group=group)
     rows: NDArray[np.float64] = tensor.cpu().numpy()
-    what = f"weights of {list(weights.names)}, or the epochs or windows before,"
+    if (rows[:, 0] != rows[0, 0]).any():
+        found: list[Any] = [None] * size
+        torch.distributed.all_gather_object(found, names, group=group)
+        raise RuntimeError(
+            f"The outputs differ between ranks, in names or order. Found {found}, by rank. Give a "
+            "list, in the same order on all ranks. If they train different models in a loop of "
+            "your own, give `all_ranks=False`."
+        )
+    rows = rows[:, 1 : len(row)]
+    what = f"weights of {names}, or the epochs or windows before,"
     _check_same(what, rows[:, : len(known)], "Give, load and assign the same on all ranks.")
     return rows[:, len(known) :]
 

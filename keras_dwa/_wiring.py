@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from keras_dwa._compiled import is_compiled_with, lacks_compound_loss, losses_problem, own_step
-from keras_dwa._keras_internals import track
+from keras_dwa._keras_internals import compiled_loss_weights, track
 from keras_dwa._ledger import Vector
-from keras_dwa._loss_weights import LossWeights
+from keras_dwa._loss_weights import LossWeight, LossWeights
 
 
 def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -> None:
@@ -150,6 +150,28 @@ def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
             "What the compound loss recorded is lost, or `samples` was 0. Return from "
             "`train_step` the `metrics_variables` that `self.stateless_compute_loss` gives; see "
             "docs/own_steps.md."
+        )
+
+
+def check_nested(model: keras.Model, logs: Mapping[str, float], weighted: float) -> None:
+    """Raises a ValueError if losses that `compile` has weighted are a term of the compound loss.
+
+    Args:
+        model: a model with a compound loss.
+        logs: those of an epoch.
+        weighted: the weighted sum of the compound loss in it.
+    """
+    compiled = keras.tree.flatten(compiled_loss_weights(model))
+    inner = {weight.output: float(weight) for weight in compiled if isinstance(weight, LossWeight)}
+    # A weighting that is listed before may have gone over to those of the next epoch.
+    part = sum(logs.get(f"{n}_weight", w) * logs.get(f"{n}_loss", 0.0) for n, w in inner.items())
+    # Where the two are added, the rest of the total is that part.
+    if abs(logs.get("loss", np.nan) - weighted) < 0.2 * abs(part):
+        raise ValueError(
+            f"A compound loss weights the sum of losses that `compile` weighted: {list(inner)}. "
+            "`base_loss` would be wrong. Add the two:\n"
+            "    return super().compute_loss(...) + self.compound.combine({...})\n"
+            "or compile without weights, and give `combine` each loss."
         )
 
 

@@ -44,6 +44,23 @@ def test_loss_and_record_are_those_of_keras_ops(compound, monkeypatch, dtype, sa
         compound.weighting.reset()
 
 
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's compiler")
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_step_serves_batches_of_any_size(compound, dynamic):
+    import torch
+
+    @torch.compile(fullgraph=True, dynamic=dynamic)
+    def step(x):
+        return compound.combine(x.mean(0), samples=x.shape[0])
+
+    with torch.compiler.set_stance("default"):
+        step(torch.ones(8, 3)), step(torch.ones(5, 3))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for size in (3, 7, 20):
+            assert float(step(torch.ones(size, 3))) == 4.5
+    assert record(compound)[0].tolist() == [43.0] * 4
+
+
 def test_terms_of_several_dtypes_and_numbers(compound):
     terms = keras.ops.cast([2.0, 3.0], "bfloat16")
     values = {"a": terms[0], "b": keras.ops.cast(terms[1], "float32"), "c": 1}

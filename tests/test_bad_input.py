@@ -36,7 +36,10 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
         ({"a", "b"}, "must be a sequence"),
         (["a", "b", "a"], "names 'a' more than once"),
         (["a", 1], "must hold names. Found 1 in"),
-        ({"a": 1.0, "b": 0.0}, "Found 0.0 for 'b'"),
+        (
+            {"a": 1.0, "b": 0.0},
+            "Found 0.0 for 'b'. To switch a loss off, write\n    weighting.assi",
+        ),
         ({"a": float("nan")}, "Found nan for 'a'"),
         ({"a": "1"}, "Found '1' for 'a'"),
         # Twice this weight is infinite in float32.

@@ -105,6 +105,17 @@ def test_loaded_model_is_as_the_saved_one_and_goes_on_as_that_would(make_model, 
     np.testing.assert_equal(dict(weighting.state), dict(expected.state))
 
 
+@keras.saving.register_keras_serializable("tests")
+class CannotLoad:
+    """A schedule that lacks `from_config`."""
+
+    def __call__(self, epoch):
+        return {}
+
+    def get_config(self):
+        return {}
+
+
 @one_backend
 def test_compound_loss_of_names_alone_has_a_config():
     compound = CompoundLoss(["easy", "hard"], LossWeighting(BASE))
@@ -113,7 +124,9 @@ def test_compound_loss_of_names_alone_has_a_config():
 
 
 @one_backend
-@pytest.mark.parametrize("schedule", [lambda epoch, factors: None, functools.partial(anneal)])
+@pytest.mark.parametrize(
+    "schedule", [lambda epoch, factors: None, functools.partial(anneal), CannotLoad()]
+)
 def test_schedule_that_keras_could_not_load_is_refused_when_it_is_saved(schedule, tmp_path):
     model = GivesWeighting(LossWeightScheduler(BASE, schedule))
     model(X)

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, ComputeLoss, X, Y, check_run, dict_model, one_backend
+from common import BACKEND, LOSSES, ComputeLoss, X, Y, check_run, dict_model, one_backend, train
 from keras import ops
 from test_own_steps import NAMES, VAE, Example, OwnStep, descend
 
@@ -21,6 +21,26 @@ def halve(period, factors):
     """The first weight falls, the second one rises."""
     first, second = factors
     return {first: 1 / (1 + period), second: 1.0 + period}
+
+
+@pytest.mark.parametrize("update_freq", ["epoch", 2])
+@pytest.mark.parametrize("regularizer", [None, "l2"])
+def test_base_loss_of_a_model_that_stands_still_does(update_freq, regularizer):
+    # Batches of 16, 16 and 8, whose losses differ much.
+    x = np.where(np.arange(len(X)) < 32, 1.0, 30.0)[:, np.newaxis] * X
+    schedule = LossWeightScheduler(
+        {"easy": 2.0, "hard": 0.5}, lambda period: {"easy": 0.1 + 3 * period}, update_freq
+    )
+    model = dict_model(kernel_regularizer=regularizer)
+    optimizer, fit = keras.optimizers.SGD(0.0), {"batch_size": 16, "shuffle": False}
+    fit |= {"validation_data": (x, Y), "validation_batch_size": 16}
+    history = train(model, schedule, x, optimizer=optimizer, **fit)
+    added = sum(float(keras.ops.convert_to_numpy(loss)) for loss in model.losses)
+    for prefix in ("", "val_"):
+        losses = [np.array(history[f"{prefix}{name}_loss"]) for name in LOSSES]
+        expected = 2.0 * losses[0] + 0.5 * losses[1] + added
+        np.testing.assert_allclose(history[f"{prefix}base_loss"], expected, rtol=1e-5)
+        np.testing.assert_allclose(np.diff(history[f"{prefix}base_loss"]), 0.0, atol=1e-2)
 
 
 # Outputs that differ in their first axis.

@@ -30,6 +30,8 @@ def distribution(kind):
     mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
     layout = keras.distribution.LayoutMap(mesh)
     layout["trunk/kernel"] = (None, "model")
+    # A pattern that fits what is ours, too.
+    layout["record|.*_weight"] = (None, "model")
     return keras.distribution.ModelParallel(
         layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False
     )

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from common import X, Y, check_run, dict_model, expected_weights, floatx, joined, train
 
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
 
 
 def test_loss_that_overflows_float16_leaves_the_epoch_out():
@@ -27,6 +27,36 @@ def test_loss_that_overflows_float16_leaves_the_epoch_out():
     weights = np.array([history["easy_weight"], history["hard_weight"]]).T
     np.testing.assert_allclose(weights, expected_weights(history, dwa), rtol=5e-3)
     assert abs(weights[2, 0] - 1) > 0.01
+
+
+def test_losses_that_underflow_float16_are_no_alarm():
+    with floatx("float16"):
+        weighting = LossWeighting({"easy": 1e-3, "hard": 1e-3})
+        tiny = {name: lambda y, y_pred: 1e-6 * keras.ops.mean(y_pred, axis=-1) ** 2 for name in Y}
+        history = train(dict_model(), weighting, loss=tiny, epochs=1)
+    assert history["loss"] == [0.0]
+
+
+@pytest.mark.parametrize("update_freq", ["epoch", 2])
+def test_bfloat16_as_floatx(update_freq):
+    with floatx("bfloat16"):
+        dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2, update_freq=update_freq)
+        history = train(dict_model(), dwa, validation_split=0.2, epochs=4)
+        with pytest.raises(ValueError, match=r"3\.4e\+38 for 'easy'.* in bfloat16"):
+            dwa.assign({"easy": 3.4e38})
+    assert history["easy_weight"][3] != 1.0
+    for prefix in ("", "val_"):
+        base_loss = np.array(history[f"{prefix}easy_loss"]) + history[f"{prefix}hard_loss"]
+        np.testing.assert_allclose(history[f"{prefix}base_loss"], base_loss, rtol=0.02)
+
+
+def test_batch_without_samples_adds_nothing():
+    compound = CompoundLoss({"easy": "mse", "hard": "mae"}, LossWeighting(["easy", "hard"]))
+    assert float(compound(Y, {name: target + 1 for name, target in Y.items()})) == 2.0
+    recorded = compound.weighting._weights.recorded()
+    nothing = {name: target[:0] for name, target in Y.items()}
+    assert float(compound(nothing, nothing)) == 0.0
+    np.testing.assert_array_equal(compound.weighting._weights.recorded(), recorded)
 
 
 class EmptyThirdEpoch(keras.utils.PyDataset):

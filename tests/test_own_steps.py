@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, TwoHeads, X, check_run, one_backend
+from common import BACKEND, LOSSES, TwoHeads, X, Y, check_run, heads, one_backend
 from keras import ops
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
@@ -279,6 +279,22 @@ def test_two_weightings_of_one_loss_both_count_in_base_loss(dwa):
     np.testing.assert_allclose(history["loss"], total, rtol=1e-5)
     base = losses["reconstruction"] + losses["kl"] + 2 * losses["size"]
     np.testing.assert_allclose(history["base_loss"], base, rtol=1e-5)
+
+
+class Nested(keras.Model):
+    def compute_loss(self, *args, **kwargs):
+        outputs = super().compute_loss(*args, **kwargs)
+        return self.compound.combine({"outputs": outputs, "size": 1.0})
+
+
+def test_losses_that_are_weighted_twice_are_refused():
+    inner, outer = LossWeighting({"easy": 1.0, "hard": 2.0}), LossWeighting(["outputs", "size"])
+    inner.assign({"easy": 0.5})
+    model = Nested(*heads())
+    model.compound = CompoundLoss(outer.outputs, outer)
+    model.compile("sgd", LOSSES, loss_weights=inner.loss_weights)
+    with pytest.raises(ValueError, match=r"`compile` weighted: \['easy', 'hard'\]\.(?s:.*)Add the"):
+        model.fit(X, Y, verbose=0, callbacks=[inner, outer])
 
 
 @one_backend

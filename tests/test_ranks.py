@@ -130,6 +130,10 @@ def steps(rank, ranks):
         dwa.step({"easy": 1.0, "hard": hard}, all_ranks=False)
     found["apart"] = dwa.factors
     found["factors"] = message_of(dwa.step, {"easy": 1.0, "hard": 1.0})
+    for difference, names in (("order", ["hard", "easy"]), ("number", ["easy"])):
+        names = names if rank else ["easy", "hard"]
+        step = DynamicWeightAverage(names).step
+        found[difference] = message_of(step, dict.fromkeys(names, 1.0))
     return found
 
 
@@ -146,6 +150,8 @@ def test_each_rank_says_what_differs(tmp_path):
         assert "or the epochs or windows before, differ between ranks" in messages["epochs"]
         assert "Found [1.0, 1.0, 0.0] on rank 0, [1.0, 1.0, 1.0]" in messages["epochs"]
         assert "Give, load and assign the same on all" in messages["factors"]
+        assert "Found [['easy', 'hard'], ['hard', 'easy']], by rank" in messages["order"]
+        assert "Found [['easy', 'hard'], ['easy']], by rank" in messages["number"]
     assert found[0]["apart"] != found[1]["apart"]
     assert found[0]["apart"] == {"easy": 1.0, "hard": 1.0}
 

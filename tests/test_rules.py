@@ -49,7 +49,9 @@ def test_rule_gets_the_whole_logs_of_its_epoch():
     assert seen == [(e, {key: history[key][e] for key in history}) for e in range(2)]
 
 
-@pytest.mark.parametrize(("loss", "factor"), [("mse", 0.5), ({"output": "mse"}, 0.0)])
+@pytest.mark.parametrize(
+    ("loss", "factor"), [("mse", 0.5), (["mse"], 0.5), ({"output": "mse"}, 0.0)]
+)
 def test_loss_of_a_single_output_is_weighted_logged_and_given_to_the_rule(loss, factor):
     """Keras logs it as `loss` alone, weighted already."""
 

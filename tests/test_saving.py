@@ -1,5 +1,6 @@
 """A trained model and its DWA state, written and read."""
 
+import h5py
 import keras
 import numpy as np
 import pytest
@@ -164,3 +165,53 @@ def test_file_that_is_read_as_an_epoch_ends_counts_from_the_next_one(dwa, tmp_pa
     np.testing.assert_allclose(before["base_loss"], base_loss, rtol=1e-5)
     if order == 1:
         assert history["easy_weight"][3] == moved["easy"]
+
+
+@one_backend
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("factors", [1.0, float("nan")]),
+        ("factors", [1.0, float("inf")]),
+        ("factors", [1.0, -5.0]),
+        ("factors", [1.0, 1.0, 1.0]),
+        ("scale", [0.0, 1.0]),
+        ("periods", 1.5),
+        ("window", [0.0, 0.0, -1.0, 0.0, 0.0]),
+        ("window", [0.0, 0.0, 0.0]),
+        ("window", None),
+    ],
+)
+def test_damaged_state_is_refused_and_changes_nothing(dwa, field, value):
+    dwa.step({"easy": 2.0, "hard": 4.0})
+    before, store = repr(dwa), {}
+    dwa._weights.save_own_variables(store)
+    if value is None:
+        del store[field]
+    else:
+        store[field] = np.array(value)
+    with pytest.raises(ValueError, match=rf"no state of the loss weights: .* as `{field}`"):
+        dwa._weights.load_own_variables(store)
+    assert repr(dwa) == before
+    assert dwa._weights.state.periods == 1
+
+
+@one_backend
+def test_damaged_file_is_refused(dwa, tmp_path):
+    model, file = dict_model(), tmp_path / "state.weights.h5"
+    train(model, dwa)
+    model.save_weights(file)
+    with h5py.File(file, "r+") as opened:
+        opened["loss_weighting/vars/factors"][...] = [1.0, -5.0]
+    before = dwa.factors
+    with pytest.raises(ValueError, match=r"\[1.0, -5.0\] as `factors`"):
+        model.load_weights(file)
+    assert dwa.factors == before
+
+
+@one_backend
+def test_legacy_file_of_a_model_with_live_weights_is_refused_when_it_is_saved(dwa, tmp_path):
+    model = dict_model()
+    train(model, dwa, epochs=1)
+    with pytest.raises(RuntimeError, match=r"legacy `\.h5` file.*`\.keras`"):
+        model.save(tmp_path / "model.h5")

@@ -93,6 +93,9 @@ def test_weights_are_scalars_that_nothing_trains_or_rounds():
             assert weight.dtype == "float32"
             return keras.ops.convert_to_tensor(weight)
 
+    with pytest.raises(TypeError, match=r"(?s)no boolean.*loss_weights=weighting.loss_weights"):
+        bool(weight)
+
     # In a layer of half precision, Keras would round other variables to 1.0.
     scale = keras.ops.convert_to_numpy(Scale(dtype="mixed_float16")(X))
     assert (scale.dtype, scale) == ("float32", np.float32(1.0001))
