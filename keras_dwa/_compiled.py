@@ -45,7 +45,9 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
     """
     loss, loss_weights = model.loss, compiled_loss_weights(model)
     output_names = _output_names(model, entries)
-    if problem := _compound_problem(model) or _one_output_problem(model, entries, has_record):
+    if problem := _compound_problem(model, entries) or _one_output_problem(
+        model, entries, has_record
+    ):
         return problem
     if not is_compiled_with(model, entries):
         if has_record:
@@ -87,39 +89,57 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
     return _pairing_problem(model, entries)
 
 
-def _compound_problem(model: keras.Model) -> str | None:
+def _compound_problem(model: keras.Model, entries: Entries) -> str | None:
     """What is wrong with how `model` was compiled with a compound loss, if anything."""
     losses = dict(keras.tree.flatten_with_path(model.loss))
-    loss_weights = compiled_loss_weights(model)
-    weights = dict(keras.tree.flatten_with_path(loss_weights))
     # No other loss is a metric, too.
     paths = [path for path, loss in losses.items() if isinstance(loss, keras.metrics.Metric)]
-    if () in paths and (has_several_losses(model) or len(getattr(model, "output_names", ())) > 1):
+    if not paths:
+        return None
+    outputs = list(getattr(model, "output_names", map(_path_name, losses)))
+    if () in paths and (has_several_losses(model) or len(outputs) > 1):
+        is_of_outputs = set(outputs) == set(entries) or outputs == [""]
         return (
             "`model` has several outputs. A compound loss as its `loss` would be called on each of "
-            "them. Write\n"
-            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
+            "them. Write\n    model.compile(..., "
+            + (
+                "loss=compound.losses, loss_weights=compound.loss_weights)"
+                if is_of_outputs
+                else f"loss={{{outputs[0]!r}: compound, ...}})"
+            )
         )
+    loss_weights = compiled_loss_weights(model)
+    weights = dict(keras.tree.flatten_with_path(loss_weights))
+    # Of another structure, Keras would pair them by their order.
+    is_alike = () in paths or loss_weights is None or weights.keys() == losses.keys()
     found = weights.values() if () in paths else map(weights.get, paths)
-    if any(
-        not isinstance(weight, int | float | None) or weight not in (None, 1) for weight in found
-    ):
+    if not is_alike or not all(weight is None or _is_one(weight) for weight in found):
         return (
             "A compound loss as `loss` weights its losses itself, by `compound.weighting`, and "
-            f"takes no other weight. Found `loss_weights={loss_weights}`. Write\n"
+            f"takes no weight but 1. Found `loss_weights={loss_weights}`. Write\n"
             "    model.compile(..., loss=compound)\n"
-            "and give the numbers that you want as base weights: outputs={name: number}"
+            "and give the numbers that you want as base weights: outputs={name: number}. For other "
+            "outputs, write dicts."
+        )
+    if clash := [name for name in map(_path_name, losses) if name in entries and len(losses) > 1]:
+        return (
+            f"The compound loss has losses with the names of outputs, {clash}, whose logs Keras "
+            "writes. Rename them."
         )
     return None
+
+
+def _is_one(weight: Any) -> bool:
+    return not isinstance(weight, LossWeight) and as_float(weight) == 1
 
 
 def _one_output_problem(model: keras.Model, entries: Entries, has_record: bool) -> str | None:
     is_sequential = isinstance(model, keras.Sequential)
     has_one_output = is_sequential or len(getattr(model, "output_names", ())) == 1
     may_record = has_record and not is_compiled_with(model, entries)
-    if not has_one_output or len(entries) == 1:
+    if may_record or not has_one_output or len(entries) == 1:
         return None
-    if may_record or lacks_compound_loss(model, has_record):
+    if lacks_compound_loss(model, has_record):
         return None
     return (
         f"`model` has one output, and the callback weights {list(entries)}. Give several losses to "

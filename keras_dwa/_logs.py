@@ -114,6 +114,12 @@ def add_weights(logs: dict[str, float], names: Sequence[str], weights: Vector) -
     logs.update({f"{name}_weight": weight for name, weight in by_name})
 
 
+def remove_weights(logs: dict[str, float], names: Sequence[str]) -> None:
+    """Removes what `add_weights` added."""
+    for name in names:
+        logs.pop(f"{name}_weight", None)
+
+
 def add_base_loss(
     logs: dict[str, float],
     ledger: Ledger,

@@ -27,10 +27,10 @@ class LossWeightScheduler(LossWeighting):
     Args:
         outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
             sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence).
-        schedule: a function of the epoch, from 0; or of the epoch and the factors of the epoch
-            before, a dict of floats by output name. It returns output name to factor, a finite
-            number >= 0; names left out keep theirs. None if all do. Where an epoch begins twice, as
-            after a resume within it, it gets the same factors again.
+        schedule: a function of the epoch, from 0; or `schedule(epoch, factors)`, which also gets
+            the factors of the epoch before, a dict of floats by output name. It returns output name
+            to factor, a finite number >= 0; names left out keep theirs. None if all do. Where an
+            epoch begins twice, as after a resume within it, it gets the same factors again.
         update_freq: "epoch", or a number of batches > 0. Instead of the epoch, `schedule` then gets
             the number of batches that were trained, divided by `update_freq` and rounded down.
         verbose: 0 or 1. 1 prints the weights at the start of each epoch.
@@ -130,8 +130,8 @@ class LossWeightScheduler(LossWeighting):
     def _scheduled(self, epoch: int) -> Any:
         """The factors of an epoch, or window, which `state` then remembers."""
         before = self._before() if self.state.get("epoch") == epoch else self.factors
-        takes_factors = _takes_two_arguments(self.schedule)
-        found = self.schedule(epoch, dict(before)) if takes_factors else self.schedule(epoch)
+        arguments = (epoch, dict(before)) if _takes_factors(self.schedule) else (epoch,)
+        found = self.schedule(*arguments)
         self._remember(epoch, before)
         if found is None:
             return before
@@ -149,9 +149,16 @@ class LossWeightScheduler(LossWeighting):
         self.state["before"] = np.array([before[name] for name in sorted(before)])
 
 
-def _takes_two_arguments(function: Callable[..., Any]) -> bool:
+def _takes_factors(schedule: Callable[..., Any]) -> bool:
+    """Whether `schedule` needs more than the epoch, or has a parameter for the factors."""
     try:
-        inspect.signature(function).bind(0, {})
-    except TypeError:
-        return False
-    return True
+        parameters = inspect.signature(schedule).parameters.values()
+    except ValueError:
+        return False  # Some functions written in C have none.
+    positional = [each for each in parameters if each.kind <= each.POSITIONAL_OR_KEYWORD]
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return True
+    # Another one with a default is the user's own, as `n` in `lambda epoch, n=n: ...`.
+    return len(positional) > 1 and (
+        positional[1].name == "factors" or positional[1].default is inspect.Parameter.empty
+    )

@@ -166,6 +166,7 @@ class LossWeighting(keras.callbacks.Callback):
         _wiring.check_model(model, weights, in_fit=False)
         self._wrapper = None if wrapper is model else wrapper
         weights.logged = _wiring.logged_by_record(model, weights)
+        weights.marks.is_used = _wiring.stays_compiled(model)
         former = self.model
         if model is former and _wiring.is_tracked(model, weights):
             return
@@ -241,7 +242,7 @@ class LossWeighting(keras.callbacks.Callback):
         run.next = batch + 1 if not run.is_checked else math.inf
         if size := self._window_size:
             trained = self._trained(batch)
-            if self._ends_window(trained):
+            if self._ends_window(trained, size):
                 self._close_segment()
                 self._close_window()
             run.next = min(run.next, batch + size - trained % size)
@@ -252,14 +253,15 @@ class LossWeighting(keras.callbacks.Callback):
         if run is None:
             return
         run.end_batch(batch)
-        if not logs or (run.has_logs and not run.moves_within):
+        checks = not run.has_logs
+        if not logs or not (checks or run.moves_within):
             return
         _logs.make_floats(logs)
         names = self._weights.names
         # In this order, for another thread adds to the ledger before it changes the weights.
         current, ledger = self._weights.vector.current, run.ledger
         had = weights_of_batch(ledger, batch, current)
-        if not run.has_logs:
+        if checks:
             run.has_logs = True
             _logs.check_first_logs(logs, names, had, run.by_record)
         if run.moves_within:
@@ -291,6 +293,8 @@ class LossWeighting(keras.callbacks.Callback):
         run, weights = self._this_run(), self._weights
         logs = {} if logs is None else logs
         _logs.make_floats(logs)
+        if run.moves_within:  # The logs of the last batch, in a loop of the user's own.
+            _logs.remove_weights(logs, weights.names)
         weights.vector.restore()
         if not self._has_losses(run):
             return self._end_empty_epoch(run, epoch)
@@ -617,7 +621,7 @@ class LossWeighting(keras.callbacks.Callback):
             own = {f"{name}_loss": loss for name, loss in weights.by_name(losses).items()}
             self._close_period(epoch + 1, {**logs, **own}, clear_record=True)
             return
-        if self._ends_window(self._trained(run.batches)):
+        if self._ends_window(self._trained(run.batches), self._window_size):
             self._close_window()
         weights.state = replace(weights.state, window=run.window(weights.state.window))
         weights.clear_record()
@@ -639,9 +643,8 @@ class LossWeighting(keras.callbacks.Callback):
         state = self._weights.state
         return state.periods + int(state.window[-1]) + self._this_run().in_window(batches)
 
-    def _ends_window(self, trained: int) -> bool:
+    def _ends_window(self, trained: int, size: int) -> bool:
         """Whether the open window is over after so many batches in all."""
-        size = self._window_size or trained + 1
         return trained // size > self._weights.state.periods // size
 
     def _before_change(self, state: State) -> None:
@@ -757,7 +760,7 @@ class LossWeighting(keras.callbacks.Callback):
             return None
         added = regularization(self.model)
         fixed = fixed_part(self.model, logs, self._weights.entries, prefix)
-        return None if added is None else fixed + added
+        return None if added is None or math.isnan(fixed) else fixed + added
 
     def _check_first_batches(self) -> None:
         # Once a batch has begun, since TensorFlow builds the losses in it.

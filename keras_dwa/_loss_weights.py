@@ -152,9 +152,11 @@ class Marks:
     Attributes:
         resets: how often Keras has reset what it sums up.
         added: whether a compound loss was called since, be it in a trace.
+        is_used: whether the model is compiled as it was when it was shown last.
     """
 
     resets, added = 0, False
+    is_used: Callable[[], bool] = staticmethod(lambda: True)
 
 
 class LossWeights(keras.metrics.Metric):
@@ -247,7 +249,7 @@ class LossWeights(keras.metrics.Metric):
     def result(self) -> dict[str, Any]:
         """The recorded averages as `<name>_loss`, where they are the model's logs."""
         logged = (self.names if self.marks.added else ()) if self.logged is None else self.logged
-        if self.record is None or not logged:
+        if self.record is None or not logged or not self.marks.is_used():
             return {}
         sums = keras.ops.convert_to_tensor(self.record.variable)[0]
         averages = sums[:-1] / sums[-1]

@@ -1,7 +1,8 @@
 """How a weighting and its model are put together, and what is wrong where they are not."""
 
+import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -91,6 +92,17 @@ def logged_by_record(model: keras.Model, weights: LossWeights) -> tuple[str, ...
     # A compound loss is a metric, too.
     trackers = {m.name for m in model.metrics if not isinstance(m, keras.losses.Loss)}
     return tuple(name for name in weights.names if f"{name}_loss" not in trackers)
+
+
+def stays_compiled(model: keras.Model) -> Callable[[], bool]:
+    """A function that tells whether `model` has the losses that it has now."""
+    reference, loss = weakref.ref(model), model.loss
+
+    def has_same_loss() -> bool:
+        shown = reference()
+        return shown is None or shown.loss is loss
+
+    return has_same_loss
 
 
 def check_attached(model: keras.Model | None, weights: LossWeights, callback: Any) -> None:

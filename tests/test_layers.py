@@ -18,10 +18,20 @@ class Penalty(keras.layers.Layer):
 
 
 class Annealed(keras.Model):
+    hides_losses = False
+
+    @property
+    def losses(self):
+        return [] if self.hides_losses else super().losses
+
     def compute_loss(self, *args, **kwargs):
-        size = sum(self.losses)
-        terms = {"size": size}
-        return super().compute_loss(*args, **kwargs) - size + self.compound.combine(terms)
+        added = sum(self.losses)
+        self.hides_losses = True
+        try:
+            loss = super().compute_loss(*args, **kwargs)
+        finally:
+            self.hides_losses = False
+        return loss + self.compound.combine({"size": added})
 
 
 def two_outputs(layer, make=keras.Model):

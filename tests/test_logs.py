@@ -89,6 +89,26 @@ def test_tensorboard_shows_the_weights_of_batches(tmp_path):
     assert on_tensorboard(tmp_path / "train", "batch_hard_weight") == list(range(10))
 
 
+@one_backend
+def test_own_loop_may_give_the_logs_of_its_last_batch_as_those_of_the_epoch():
+    schedule = LossWeightScheduler(list(LOSSES), lambda step: {"hard": step}, update_freq=1)
+    model = dict_model()
+    model.compile("sgd", LOSSES, loss_weights=schedule.loss_weights)
+    schedule.set_model(model)
+    schedule.set_params({})
+    schedule.on_train_begin()
+    schedule.on_epoch_begin(0)
+    logs = {"easy_loss": 1.0, "hard_loss": 1.0, "loss": 2.0}
+    for batch in range(3):
+        schedule.on_train_batch_begin(batch)
+        model.train_on_batch(X, Y)
+        schedule.on_train_batch_end(batch, logs)
+    assert logs["hard_weight"] == 2.0
+    with pytest.warns(UserWarning, match="does not know the losses"):
+        schedule.on_epoch_end(0, logs)
+    assert logs["hard_weight"] == 1.0
+
+
 class BatchLogs(keras.callbacks.Callback):
     """Keeps what each batch's logs have of a weight, in order of the batches."""
 

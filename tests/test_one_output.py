@@ -99,3 +99,12 @@ def test_number_beside_it_weights_another_output_and_base_loss_is_right():
     base_loss = 2.0 * logs["mse_loss"] + 0.5 * logs["mae_loss"] + other
     np.testing.assert_allclose(logs["base_loss"], base_loss, rtol=1e-5)
     assert logs["mse_weight"][3] != 2.0
+
+
+def test_model_that_is_compiled_without_it_again_logs_nothing_of_it():
+    compound = new_compound()
+    model = compiled(one_output(), compound)
+    fit(model, compound.weighting, epochs=1)
+    compiled(model, "mse")
+    assert set(model.evaluate(X, Y["hard"], verbose=0, return_dict=True)) == {"loss"}
+    assert set(model.fit(X, Y["hard"], verbose=0).history) == {"loss"}

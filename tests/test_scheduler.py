@@ -102,8 +102,10 @@ def test_schedule_gets_the_factors_of_the_epoch_before_may_change_them_and_hold_
         lambda epoch: {"hard": epoch / 4},
         lambda *arguments: ramp(*arguments),
         partial(ramp, factors=None),
+        lambda epoch, quarter=0.25: {"hard": quarter * epoch},
+        [{"hard": 0.0}, {"hard": 0.25}, {"hard": 0.5}].__getitem__,
     ],
-    ids=["one_argument", "any_arguments", "partial"],
+    ids=["one_argument", "any_arguments", "partial", "default_of_its_own", "no_signature"],
 )
 def test_schedule_takes_the_epoch_alone_or_the_factors_too(schedule):
     history = train(dict_model(), LossWeightScheduler(NAMES, schedule))

@@ -159,6 +159,12 @@ def compound_for_one(loss_weights):
     fit(compiled(easy_alone(), loss_weights, loss), dwa, y=Y["easy"])
 
 
+def compound_beside(names=("mae", "mse"), loss_weights=None):
+    dwa = new(*names)
+    compound = CompoundLoss(dict(zip(names, ("mae", "mse"), strict=True)), dwa)
+    fit(compiled(dict_model(), loss_weights, {"easy": compound, "hard": "mse"}), dwa)
+
+
 def two_losses_for_one():
     dwa = new("mae", "mse")
     fit(compiled(easy_alone(), in_a_list(dwa.loss_weights), ["mae", "mse"]), dwa, y=Y["easy"])
@@ -247,8 +253,12 @@ MISWIRINGS = {
             model=dict_model),
         row("compound_loss_for_two_unknown_outputs", "several outputs", COMPOUND,
             run=compound_for_all, model=TwoHeads, on=["jax", "torch"]),
-        row("weight_of_a_compound_loss", "weight. Found `loss_weights=[0.5]`", "loss=compound)",
+        row("weight_of_a_compound_loss", "but 1. Found `loss_weights=[0.5]`", "loss=compound)",
             run=compound_for_one, loss_weights=[0.5]),
+        row("compound_loss_and_weights_of_another_structure", "For other outputs, write dicts",
+            run=compound_beside, loss_weights=[1.0, 0.5]),
+        row("loss_with_the_name_of_an_output", "names of outputs, ['hard']", "Rename",
+            run=compound_beside, names=("hard", "mse")),
         row("two_losses_for_one_output", "one output", "CompoundLoss({'mae': ..., 'mse': ...}",
             "loss=compound)", run=two_losses_for_one),
         row("two_compound_losses", "two weightings", "DynamicWeightAverage(['easy'], t", "['hard']",
