@@ -159,7 +159,8 @@ def compilation_counter():
 
         monitoring.register_event_duration_secs_listener(listen)
         yield keras.layers.Identity(), lambda: len(compiled)
-        monitoring.unregister_event_duration_listener(listen)
+        if hasattr(monitoring, "unregister_event_duration_listener"):  # Which old JAX lacks.
+            monitoring.unregister_event_duration_listener(listen)
     else:
         from torch._dynamo.utils import counters
 
