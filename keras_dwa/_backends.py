@@ -37,6 +37,8 @@ class Backend:
             losses = keras.ops.cast(losses, widest_float(weights.dtype, losses.dtype))
         else:
             scalars = [keras.ops.convert_to_tensor(term) for term in terms]
+            # Keras's losses of a batch without samples are empty.
+            scalars = [keras.ops.sum(s) if s.shape == (0,) else s for s in scalars]
             for name, scalar in zip(names, scalars, strict=True):
                 if scalar.shape != ():
                     raise ValueError(

@@ -217,9 +217,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
             weight = sample_weight.get(name)
             # A copy: on torch, Keras multiplies them by the mask in place.
             weight = None if weight is None else keras.ops.copy(weight)
-            value = loss(y_true[name], y_pred[name], weight)
-            # Of a batch without samples, Keras does not take the mean.
-            values[name] = keras.ops.sum(value) if tuple(value.shape) == (0,) else value
+            values[name] = loss(y_true[name], y_pred[name], weight)
         return values, keras.ops.shape(y_pred[names[0]])[0]
 
     def _combine(self, values: Any, samples: Any) -> Any:

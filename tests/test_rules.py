@@ -152,7 +152,9 @@ def test_nonsense_is_an_error_that_names_the_rule_and_leaves_all_as_it_was(retur
 
 
 @one_backend
-@pytest.mark.parametrize(("key", "value"), [("what", None), ("what", np.array(["a"])), (3, 1.0)])
+@pytest.mark.parametrize(
+    ("key", "value"), [("what", None), ("what", np.array(["a"])), ("what", [1, [2.5]]), (3, 1.0)]
+)
 def test_state_must_be_arrays_of_numbers_by_name(key, value):
     class Remember(LossWeighting):
         def update(self, epoch, logs):
