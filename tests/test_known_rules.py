@@ -59,7 +59,8 @@ def test_inverse_loss_has_the_gradients_of_the_geometric_mean_and_of_imtl_at_its
 @one_backend
 def test_random_weights_are_softmax_of_a_normal_draw_that_comes_back():
     names = ["a", "b"]
-    weights = [RandomWeights(names).update(epoch, {}) for epoch in range(4000)]
+    rule = RandomWeights(names)
+    weights = [rule.update(epoch, {}) for epoch in range(4000)]
     found = np.array([[row["a"], row["b"]] for row in weights])
     np.testing.assert_allclose(found.sum(axis=1), 2.0)
     logits = np.log(found[:, 0] / found[:, 1])  # The difference of two normal draws.

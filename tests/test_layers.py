@@ -4,10 +4,14 @@ import itertools
 
 import keras
 import numpy as np
+import pytest
 from common import X, Y
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeightScheduler
 
+in_both_modes = pytest.mark.parametrize(
+    "eager", [False, pytest.param(True, marks=pytest.mark.deep)]
+)
 FACTORS = [0.0, 0.5, 1.0, 1.0]
 
 
@@ -42,9 +46,10 @@ def two_outputs(layer, make=keras.Model):
     return make(inputs, {"easy": easy, "hard": hard})
 
 
-def fit(model, *callbacks, loss_weights, epochs=4, **mode):
+def fit(model, *callbacks, loss_weights, epochs=4, run_eagerly=False):
     loss = {"easy": "mse", "hard": "mse"}
-    model.compile(keras.optimizers.SGD(0.05), loss, loss_weights=loss_weights, **mode)
+    optimizer = keras.optimizers.SGD(0.05)
+    model.compile(optimizer, loss, loss_weights=loss_weights, run_eagerly=run_eagerly)
     arguments = {"batch_size": 10, "shuffle": False, "verbose": 0, "validation_data": (X, Y)}
     return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **arguments).history
 
@@ -60,14 +65,17 @@ class Parameters(keras.callbacks.Callback):
         self.by_epoch.append(self.model.get_weights())
 
 
-def test_term_that_a_layer_adds_has_a_weight_beside_those_of_the_outputs(mode):
+@in_both_modes
+def test_term_that_a_layer_adds_has_a_weight_beside_those_of_the_outputs(eager):
     dwa = DynamicWeightAverage({"easy": 1.0, "hard": 3.0}, temperature=0.2)
     schedule = LossWeightScheduler({"size": 2.0}, lambda epoch: {"size": FACTORS[epoch]})
     model = two_outputs(Penalty(), Annealed)
     model.compound = CompoundLoss(["size"], schedule)
     plain, parameters = two_outputs(keras.layers.Identity()), Parameters()
     plain.set_weights(model.get_weights())
-    history = fit(model, dwa, schedule, parameters, loss_weights=dwa.loss_weights, **mode)
+    history = fit(
+        model, dwa, schedule, parameters, loss_weights=dwa.loss_weights, run_eagerly=eager
+    )
 
     fit(plain, loss_weights={"easy": 1.0, "hard": 3.0}, epochs=1)
     for ours, theirs in zip(parameters.by_epoch[0], plain.get_weights(), strict=True):
@@ -92,7 +100,8 @@ class ReverseGradient(keras.layers.Layer):
         return keras.ops.stop_gradient((1 + self.scale) * inputs) - self.scale * inputs
 
 
-def test_number_that_a_layer_uses_follows_a_weight(mode):
+@in_both_modes
+def test_number_that_a_layer_uses_follows_a_weight(eager):
     reverse, parameters = ReverseGradient(), Parameters()
     schedule = LossWeightScheduler(["easy", "hard"], lambda epoch: {"hard": FACTORS[epoch]})
     follow = keras.callbacks.LambdaCallback(
@@ -103,7 +112,9 @@ def test_number_that_a_layer_uses_follows_a_weight(mode):
     model = two_outputs(reverse)
     model.get_layer("easy").trainable = model.get_layer("hard").trainable = False
     before = model.get_layer("trunk").get_weights()[0]
-    history = fit(model, schedule, follow, parameters, loss_weights=schedule.loss_weights, **mode)
+    history = fit(
+        model, schedule, follow, parameters, loss_weights=schedule.loss_weights, run_eagerly=eager
+    )
     trunks = [before, *(weights[0] for weights in parameters.by_epoch)]
     # Nothing goes back through the layer at first, and then what enlarges the losses.
     moved = [np.abs(new - old).max() for old, new in itertools.pairwise(trunks)]

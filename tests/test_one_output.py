@@ -8,6 +8,9 @@ from common import X, Y, check_run, one_backend
 from keras_dwa import CompoundLoss, DynamicWeightAverage
 
 NAMES = ["mse", "mae"]
+in_both_modes = pytest.mark.parametrize(
+    "eager", [False, pytest.param(True, marks=pytest.mark.deep)]
+)
 SAMPLE_WEIGHT = np.linspace(0.5, 2.0, len(X), dtype="float32")
 
 
@@ -16,8 +19,8 @@ def one_output():
     return keras.Model(inputs, keras.layers.Dense(2, name="head")(inputs))
 
 
-def compiled(model, loss, **mode):
-    model.compile(keras.optimizers.SGD(0.05), loss=loss, **mode)
+def compiled(model, loss, run_eagerly=False):
+    model.compile(keras.optimizers.SGD(0.05), loss=loss, run_eagerly=run_eagerly)
     return model
 
 
@@ -33,16 +36,18 @@ def fit(model, *callbacks, epochs=3):
     return model.fit(X, Y["hard"], callbacks=list(callbacks), **data).history
 
 
-def test_loss_is_the_weighted_sum_of_the_logged_losses_whose_weights_move(mode):
+@in_both_modes
+def test_loss_is_the_weighted_sum_of_the_logged_losses_whose_weights_move(eager):
     compound = new_compound()
-    model = compiled(one_output(), compound, **mode)
+    model = compiled(one_output(), compound, run_eagerly=eager)
     model.evaluate(X, Y["hard"], verbose=0)  # Before the model knows the weighting.
     check_run(fit(model, compound.weighting, epochs=4), compound.weighting)
 
 
-def test_loss_that_is_off_leaves_training_to_the_other(mode):
+@in_both_modes
+def test_loss_that_is_off_leaves_training_to_the_other(eager):
     compound = new_compound()
-    model = compiled(one_output(), compound, **mode)
+    model = compiled(one_output(), compound, run_eagerly=eager)
     alone = compiled(keras.models.clone_model(model), "mse")
     alone.set_weights(model.get_weights())
     compound.weighting.assign({"mse": 0.5, "mae": 0.0})
