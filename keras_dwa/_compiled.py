@@ -137,9 +137,8 @@ def _one_output_problem(model: keras.Model, entries: Entries, has_record: bool) 
     is_sequential = isinstance(model, keras.Sequential)
     has_one_output = is_sequential or len(getattr(model, "output_names", ())) == 1
     may_record = has_record and not is_compiled_with(model, entries)
-    if may_record or not has_one_output or len(entries) == 1:
-        return None
-    if lacks_compound_loss(model, has_record):
+    has_own_step = lacks_compound_loss(model, has_record)
+    if may_record or has_own_step or not has_one_output or len(entries) == 1:
         return None
     return (
         f"`model` has one output, and the callback weights {list(entries)}. Give several losses to "
@@ -199,14 +198,20 @@ def fixed_part(
     return part
 
 
-def regularization(model: keras.Model) -> float | None:
-    """What Keras adds to the losses of the outputs, with the parameters of now; None if unknown."""
-    if has_own(model, "compute_loss", "train_step", "test_step"):
-        return None
+def known_rest(
+    model: keras.Model, logs: Mapping[str, float], entries: Entries, prefix: str
+) -> float | None:
+    """What the total loss has beside the losses under our weights; None if that is not known.
+
+    Weight regularization is that of the present parameters.
+    """
     regularized = [v for v in model.trainable_variables if v.regularizer is not None]
-    if len(model.losses) != len(regularized):
-        return None  # What layers add in a step has no value outside of it.
-    return sum(as_float(variable.regularizer(variable)) or 0.0 for variable in regularized)
+    # What layers add in a step has no value outside of it.
+    has_more = len(model.losses) != len(regularized)
+    fixed = fixed_part(model, logs, entries, prefix)
+    if has_more or math.isnan(fixed) or has_own(model, "compute_loss", "train_step", "test_step"):
+        return None
+    return fixed + sum(as_float(v.regularizer(v)) or 0.0 for v in regularized)
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:

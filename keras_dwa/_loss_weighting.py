@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_dwa import _arguments, _logs, _ranks, _wiring
-from keras_dwa._compiled import fixed_part, regularization
+from keras_dwa._compiled import fixed_part, known_rest
 from keras_dwa._evaluation import evaluated_sums
 from keras_dwa._formula import scaled_weights
 from keras_dwa._ledger import (
@@ -756,11 +756,8 @@ class LossWeighting(keras.callbacks.Callback):
         in size, a difference of the two would be wrong.
         """
         is_tensorflow = keras.backend.backend() == "tensorflow"
-        if not is_tensorflow or self._this_run().by_record:
-            return None
-        added = regularization(self.model)
-        fixed = fixed_part(self.model, logs, self._weights.entries, prefix)
-        return None if added is None or math.isnan(fixed) else fixed + added
+        is_apart, entries = not self._this_run().by_record, self._weights.entries
+        return known_rest(self.model, logs, entries, prefix) if is_tensorflow and is_apart else None
 
     def _check_first_batches(self) -> None:
         # Once a batch has begun, since TensorFlow builds the losses in it.

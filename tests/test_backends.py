@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from common import BACKEND
+from common import BACKEND, one_backend
 
 from keras_dwa import CompoundLoss, LossWeighting
 from keras_dwa._backends import Backend, backend
@@ -146,3 +146,17 @@ class TestTorch:
         for factor in (1.0, 0.25, 0.0):
             weighting.assign({"b": factor})
             assert step(keras.ops.convert_to_tensor(2.0)).item() == 2 * factor
+
+
+@one_backend
+def test_variables_are_whole_whatever_patterns_of_model_parallel_fit():
+    devices = keras.distribution.list_devices("cpu")[:4]
+    mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
+    layout = keras.distribution.LayoutMap(mesh)
+    layout[".*"] = (None, "model")
+    parallel = keras.distribution.ModelParallel(layout_map=layout, batch_dim_name="batch")
+    with parallel.scope():
+        compound = CompoundLoss(NAMES, LossWeighting(NAMES))
+        variables = compound.weighting.variables
+        assert all(variable.value.sharding.is_fully_replicated for variable in variables)
+        assert keras.distribution.distribution() is parallel

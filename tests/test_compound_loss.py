@@ -272,6 +272,7 @@ def combine(values):
         (new("easy"), "Found 'easy'"),
         (new({"easy": "mse", "hard": None}), "needs a loss for every name"),
         (lambda _: CompoundLoss(LOSSES, NAMES), "`weighting` must be a LossWeighting. Found ["),
+        (lambda compound: compound(Y, [X]), "or two tensors. Found a list for `y_pred`"),
         (lambda compound: compound(Y, {"easy": 0}), "`y_pred` must have the outputs ['easy', 'ha"),
         (lambda compound: compound({"easy": 0}, Y), "Found ['easy']"),
         (lambda compound: compound(Y, Y, {"more": 1.0}), "names ['easy', 'hard']. Found ['more']"),

@@ -248,13 +248,14 @@ def test_evaluation_within_an_epoch_that_has_the_callback_leaves_windows_alone()
         np.testing.assert_allclose(window.losses["easy"], other.losses["easy"], rtol=1e-4)
 
 
+@deep_elsewhere
 @pytest.mark.parametrize(
     ("hook", "is_first", "with_callback"),
     [
-        pytest.param("on_train_begin", False, True, marks=deep_elsewhere),
+        ("on_train_begin", False, True),
         ("on_epoch_begin", True, False),
         ("on_epoch_begin", False, True),
-        pytest.param("on_epoch_end", True, True, marks=deep_elsewhere),
+        ("on_epoch_end", True, True),
         ("on_test_end", False, True),
     ],
 )
@@ -361,6 +362,7 @@ def test_ends_of_a_broken_fit_that_come_in_the_next_one_change_nothing():
     assert [window.batches for window in dwa.windows] == [2] * 10
 
 
+@deep_elsewhere
 def test_hooks_return_at_once_after_the_first_batches():
     package = keras_dwa.__path__[0]
 

@@ -69,7 +69,7 @@ def test_digits(run):
     assert [len(numbers(value)) for _, *values in cells for value in values] == [1] * 9
 
 
-@deep_elsewhere
+@pytest.mark.deep
 def test_search_weights(run, tmp_path):
     picture = tmp_path / "picture.png"
     lines = run("search_weights.py", 2, "--trials", "4", "--picture", str(picture))

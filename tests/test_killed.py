@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import run_to_kill
-from common import BACKEND, check_run
+from common import BACKEND, check_run, deep_elsewhere
 from processes import FORK, succeeds
 
 from keras_dwa import DynamicWeightAverage
@@ -39,6 +39,7 @@ def check_weights(folder):
     check_run(history(folder), DynamicWeightAverage(["easy", "hard"], temperature=0.1))
 
 
+@deep_elsewhere
 @pytest.mark.parametrize(
     ("update_freq", "kills"),
     [

@@ -5,9 +5,10 @@ import csv
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, X, Y, dict_model, one_backend, train
+from common import BACKEND, LOSSES, X, Y, dict_model, heads, one_backend, train
 
-from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler
+from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler, _logs
+from keras_dwa._compiled import known_rest
 
 BASE = {"easy": 3.0, "hard": 0.5}
 tensorboard = pytest.mark.skipif(
@@ -107,6 +108,41 @@ def test_own_loop_may_give_the_logs_of_its_last_batch_as_those_of_the_epoch():
     assert logs["hard_weight"] == 2.0
     schedule.on_epoch_end(0, logs)
     assert logs["hard_weight"] == 1.0
+
+
+class OwnStep(keras.Model):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs)
+
+
+@one_backend  # Where all of this is used is TensorFlow: see `test_counts.py`.
+def test_rest_of_a_total_is_known_where_neither_layers_nor_steps_add_to_it():
+    def rest(model, weight=0.5):
+        model.compile("sgd", LOSSES, loss_weights={**weighting.loss_weights, "hard": weight})
+        return known_rest(model, {"val_hard_loss": 4.0}, weighting._weights.entries, "val_")
+
+    weighting, regularized = LossWeighting(["easy"]), dict_model(kernel_regularizer="l2")
+    assert rest(dict_model()) == 2.0
+    kernel = regularized.get_weights()[0]
+    assert rest(regularized) == pytest.approx(2.0 + 0.01 * np.square(kernel).sum())
+    assert rest(OwnStep(*heads())) is None
+    adds = dict_model(activity_regularizer="l2")
+    adds(X)
+    assert rest(adds) is None
+    assert rest(dict_model(), weight=keras.Variable(1.0)) is None
+
+
+@one_backend
+def test_base_loss_where_the_rest_is_known_and_logs_are_none_of_pythons_floats():
+    logs = {"loss": np.float32(9.0), "val_loss": np.float32(9.0), "other": "text"}
+    _logs.make_floats(logs)
+    assert logs == {"loss": 9.0, "val_loss": 9.0, "other": "text"}
+    assert type(logs["loss"]) is float
+    base_weights, losses = np.array([2.0, 0.5]), np.array([1.0, 4.0])
+    _logs.add_base_loss(logs, [], losses, base_weights, 0.25)
+    logs |= {"val_easy_loss": 2.0, "val_hard_loss": 2.0}
+    _logs.add_val_base_loss(logs, ["easy", "hard"], losses, base_weights, None, 0.5)
+    assert (logs["base_loss"], logs["val_base_loss"]) == (4.25, 5.5)
 
 
 class BatchLogs(keras.callbacks.Callback):

@@ -9,7 +9,7 @@ import tracemalloc
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, X, Y, check_run, dict_model, joined, one_backend, train
+from common import LOSSES, X, Y, check_run, deep_elsewhere, dict_model, joined, one_backend, train
 
 import keras_dwa
 from keras_dwa import DynamicWeightAverage, dwa_weights
@@ -43,6 +43,7 @@ def test_next_fit_on_the_same_model_continues_the_history_in_any_mode(dwa):
     check_run(joined(first, second, third, train(model, dwa, epochs=1)), dwa)
 
 
+@deep_elsewhere
 def test_every_other_model_starts_afresh_and_so_does_a_reset(dwa, tmp_path):
     # Weights that moved, or one of the two epochs, would show in the first two.
     for easy in (4.0, 1.0):
