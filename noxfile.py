@@ -85,12 +85,13 @@ def install_all_backends(session):
     install(session, KERAS, *packages, "scikit-learn", "matplotlib", ".")
 
 
-def run_tests(session, backend, *arguments, runner=("pytest",)):
+def run_tests(session, backend, *arguments, runner=("pytest",), caches=True):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     # The suite compiles far longer than it runs what is compiled, and much of it more than once.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
-    environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.absolute() / "jax")
-    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    if caches:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.absolute() / "jax")
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     # Many tests start processes, and to compile TensorFlow's Python files takes most of an import.
     environment["PYTHONDONTWRITEBYTECODE"] = ""
     # A file is for one worker, since one block of the README builds on another.
@@ -180,7 +181,8 @@ def oldest(session, backend):
     # Without the constraints, which are for the newest.
     session.install("--no-compile", OLDEST_KERAS, *OLDEST[backend], *TEST_TOOLS, ".")
     tests = DEPEND_ON_KERAS if backend == "jax" else DEPEND_ON_TENSORFLOW
-    run_tests(session, backend, "-k", "not eager", *tests)
+    # What JAX 0.4.38 reads from its cache computes something else where buffers are donated.
+    run_tests(session, backend, "-k", "not eager", *tests, caches=False)
 
 
 @nox.session(default=False)
