@@ -1,21 +1,43 @@
-"""Runs the code in the README and in each page of `docs/`, in order."""
+"""Runs the code of the README and of each page in `docs/`, and compares what it prints."""
 
-import re
-from pathlib import Path
+import contextlib
+import doctest
+import io
 
+import keras
 from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
-PARSERS = [PythonCodeBlockParser(), SkipParser()]
-
-
-def data_and_model(namespace):
-    """Gives a page what the README's first block has before it makes a model."""
-    readme = Path(__file__).with_name("README.md").read_text(encoding="utf-8")
-    block = re.search(r"```python\n(.*?)\nmodel = build_model\(\)\n", readme, re.DOTALL)
-    exec(block[1], namespace)
+run = PythonEvaluator()
 
 
-readme = Sybil(PARSERS, patterns=["README.md"])
-docs = Sybil(PARSERS, patterns=["docs/*.md"], setup=data_and_model)
-pytest_collect_file = (readme + docs).pytest()
+def run_and_keep_output(example):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        run(example)
+    example.namespace["printed"] = printed.getvalue()
+
+
+def compare(example):
+    """The output that a page shows, where `...` stands for anything."""
+    printed = example.namespace.pop("printed")
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    if not doctest.OutputChecker().check_output(example.parsed, printed, flags):
+        return f"The page shows\n{example.parsed}\nbut its code printed\n{printed}"
+
+
+def compare_on_jax(example):
+    # Numbers that the backends' random initial weights lead to.
+    if keras.backend.backend() == "jax":
+        return compare(example)
+
+
+pytest_collect_file = Sybil(
+    [
+        CodeBlockParser("python", run_and_keep_output),
+        CodeBlockParser("text", compare),
+        CodeBlockParser('text title="On JAX"', compare_on_jax),
+        SkipParser(),
+    ],
+    patterns=["README.md", "docs/*.md"],
+).pytest()
