@@ -27,7 +27,7 @@ def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, flo
         raise ValueError(f"`outputs` must name at least one output. Found `outputs = {outputs}`.")
     for name in names:
         if not isinstance(name, str):
-            raise ValueError(f"`outputs` must hold names. Found {name!r} in `outputs = {outputs}`.")
+            raise ValueError(f"`outputs` must be strings. Found {name!r} in `outputs = {outputs}`.")
         if names.count(name) > 1:
             raise ValueError(f"`outputs` names {name!r} more than once: `outputs = {outputs}`.")
     base_weights = outputs if isinstance(outputs, Mapping) else dict.fromkeys(names, 1.0)
@@ -36,10 +36,10 @@ def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, flo
         # Most rules have factors up to the number of outputs.
         if not is_positive(base_weight) or not smallest <= base_weight <= largest / len(names):
             raise ValueError(
-                "A base weight must be a finite number > 0, and stay so in "
+                "A base weight must be a finite number > 0, well within the range of "
                 f"{keras.config.floatx()}. Found {base_weight!r} for {name!r}. To switch a loss "
-                f"off, write\n    weighting.assign({{{name!r}: 0.0}})\nTo make a term large, as an "
-                "entropy, negate the term."
+                f"off, write\n    weighting.assign({{{name!r}: 0.0}})\nTo maximize a term, such as "
+                "an entropy, negate it."
             )
     check_log_names(names)
     return {name: float(base_weight) for name, base_weight in base_weights.items()}
@@ -68,18 +68,19 @@ def check_factors(
         source: who gave `found`, for the message.
     """
     if not isinstance(found, Mapping):
-        raise ValueError(f"{source} gave {found!r}. It must give a dict of name to factor.")
+        raise ValueError(f"{source}: expected a dict of name to factor. Found {found!r}.")
     factors: dict[str, float | None] = {name: present[name] for name in base_weights}
     if unknown := [name for name in found if name not in factors]:
-        raise ValueError(f"{source} gave factors for {unknown}. The outputs are {list(factors)}.")
+        raise ValueError(f"{source}: found {unknown}. The outputs are {list(factors)}.")
     factors.update({name: as_float(value) for name, value in found.items()})
     _, largest = floatx_range()
     for name, base_weight in base_weights.items():
         factor = factors[name]
         if factor is None or not 0 <= factor * base_weight <= largest:
             raise ValueError(
-                f"{source} gave {found.get(name, factor)!r} for {name!r}. A factor is a finite "
-                f"number >= 0, also times its base weight, in {keras.config.floatx()}."
+                f"{source}: found {found.get(name, factor)!r} for {name!r}. A factor must be a "
+                "finite number >= 0, and so must its product with the base weight, in "
+                f"{keras.config.floatx()}."
             )
     return np.array(list(factors.values()))
 
@@ -88,13 +89,13 @@ def check_losses(losses: Mapping[str, Any], names: Sequence[str], method: str) -
     """The averages given to a method, in the order of `names`: float64, shape `(K,)`."""
     if set(losses) != set(names):
         raise ValueError(
-            f"`{method}` takes one loss per output of {list(names)}. Found {list(losses)}."
+            f"`{method}` needs one loss for each of {list(names)}. Found {list(losses)}."
         )
     averages = [as_float(losses[name]) for name in names]
     if None in averages:
         name = names[averages.index(None)]
         raise ValueError(
-            f"`{method}` takes the average of each loss, a real number or a scalar tensor. Found "
+            f"`{method}` needs averages that are real numbers or scalar tensors. Found "
             f"{losses[name]!r} for {name!r}."
         )
     return np.array(averages, dtype=np.float64)
@@ -105,8 +106,9 @@ def check_scale(losses: Mapping[str, float]) -> None:
     for name, loss in losses.items():
         if not 0 < loss < math.inf:
             raise ValueError(
-                f"`adapt` divides by each loss: a finite number > 0. Found {loss} for {name!r} "
-                "(nan, too, if `evaluate` does not compute it). Give its usual average:\n"
+                "`adapt` divides by each loss, which must be a finite number > 0. Found "
+                f"{loss} for {name!r}. (It is nan if `evaluate` does not compute it.) Pass typical "
+                "averages:\n"
                 f"    weighting.adapt({{{', '.join(f'{name!r}: ...' for name in losses)}}})"
             )
 
@@ -122,7 +124,7 @@ def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:
     for name, array in arrays.items():
         if not isinstance(name, str) or array.dtype.kind not in "biufc":
             raise ValueError(
-                f"{source} left {memory[name]!r} in `state[{name!r}]`. It takes arrays of numbers, "
-                "by name."
+                f"{source}: found {memory[name]!r} in `state[{name!r}]`. `state` must map strings "
+                "to arrays of numbers."
             )
     return arrays

@@ -43,7 +43,7 @@ class Backend:
                 if scalar.shape != ():
                     raise ValueError(
                         f"Each loss must be a scalar. Found the shape {tuple(scalar.shape)} for "
-                        f"{name!r}: reduce it first, say by `keras.ops.mean`."
+                        f"{name!r}. Reduce it first, for example with `keras.ops.mean`."
                     )
             dtype = widest_float(weights.dtype, *(scalar.dtype for scalar in scalars))
             losses = keras.ops.stack([keras.ops.cast(scalar, dtype) for scalar in scalars])

@@ -57,10 +57,10 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
         if loss is None:
             return f"`model` was compiled without a loss. Write\n    {_compile_call(output_names)}"
         return (
-            "`model` was not compiled with this callback's loss weights: they would have no "
+            "`model` was not compiled with this callback's loss weights, so they would have no "
             f"effect. Found `loss_weights={loss_weights}`. Write\n"
             f"    {_compile_call(output_names)}\n"
-            "Numbers of your own are base weights: outputs={name: number}"
+            "Pass your own numbers as base weights: outputs={name: number}"
         )
     if not isinstance(loss, dict) and max(len(output_names), len(entries)) == 1:
         return None
@@ -68,10 +68,11 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
         outputs = model.output if hasattr(model, "output_names") else None
         if not isinstance(outputs, (list, tuple)) or not isinstance(loss_weights, (list, tuple)):
             return (
-                "`model` was compiled with `loss` as a list. Keras pairs a list with a dict in "
-                "alphabetical order of the names; two lists go by the outputs of a functional "
-                "model that has a list of them. Else write dicts (a subclassed model must return "
-                f"one, too):\n    {_compile_call(output_names)}"
+                "`model` was compiled with `loss` as a list, which Keras pairs with a dict in "
+                "alphabetical order of the names. Use dicts (a subclassed model must return one, "
+                f"too):\n    {_compile_call(output_names)}\n"
+                "Lists work if a functional model has a list of outputs, and `loss` and "
+                "`loss_weights` are both lists."
             )
     elif not isinstance(loss, dict):
         return (
@@ -82,8 +83,8 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
         isinstance(key, int) for path, _ in keras.tree.flatten_with_path(loss) for key in path
     ):
         return (
-            f"`model` was compiled with a list within `loss={loss}`. Write each loss by itself, "
-            "and nested outputs as dicts:\n"
+            f"`model` was compiled with a list within `loss={loss}`. Give each output one loss, "
+            "and write nested outputs as dicts:\n"
             "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
         )
     return _pairing_problem(model, entries)
@@ -100,8 +101,8 @@ def _compound_problem(model: keras.Model, entries: Entries) -> str | None:
     if () in paths and (has_several_losses(model) or len(outputs) > 1):
         is_of_outputs = set(outputs) == set(entries) or outputs == [""]
         return (
-            "`model` has several outputs. A compound loss as its `loss` would be called on each of "
-            "them. Write\n    model.compile(..., "
+            "`model` has several outputs, and Keras would call the compound loss on each of them. "
+            "Write\n    model.compile(..., "
             + (
                 "loss=compound.losses, loss_weights=compound.loss_weights)"
                 if is_of_outputs
@@ -115,16 +116,16 @@ def _compound_problem(model: keras.Model, entries: Entries) -> str | None:
     found = weights.values() if () in paths else map(weights.get, paths)
     if not is_alike or not all(weight is None or _is_one(weight) for weight in found):
         return (
-            "A compound loss as `loss` weights its losses itself, by `compound.weighting`, and "
-            f"takes no weight but 1. Found `loss_weights={loss_weights}`. Write\n"
+            "A compound loss weights its losses itself, so its own weight in `compile` must be 1. "
+            f"Found `loss_weights={loss_weights}`. Write\n"
             "    model.compile(..., loss=compound)\n"
-            "and give the numbers that you want as base weights: outputs={name: number}. For other "
-            "outputs, write dicts."
+            "and pass your numbers as base weights: outputs={name: number}. If the model has other "
+            "outputs, use dicts."
         )
     if clash := [name for name in map(_path_name, losses) if name in entries and len(losses) > 1]:
         return (
-            f"The compound loss has losses with the names of outputs, {clash}, whose logs Keras "
-            "writes. Rename them."
+            f"The compound loss has losses with the names of outputs: {clash}. Keras logs those "
+            "outputs under the same names. Rename the losses."
         )
     return None
 
@@ -141,8 +142,8 @@ def _one_output_problem(model: keras.Model, entries: Entries, has_record: bool) 
     if may_record or has_own_step or not has_one_output or len(entries) == 1:
         return None
     return (
-        f"`model` has one output, and the callback weights {list(entries)}. Give several losses to "
-        "one output by\n"
+        f"`model` has one output, but the callback weights {list(entries)}. For several losses on "
+        "one output, write\n"
         f"    compound = keras_dwa.CompoundLoss({_with_dots(entries)}, weighting)\n"
         "    model.compile(..., loss=compound)"
     )
@@ -156,15 +157,15 @@ def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:
     fixed = _fixed(model, entries)
     outputs = [name for name in names.values() if name not in fixed]
     if set(outputs) != set(entries):
-        more = [name for name in outputs if name not in entries]
+        others = [name for name in outputs if name not in entries]
         return (
             f"`model` was compiled with losses for {outputs}, but the callback has the outputs "
-            f"{list(entries)}. Make it with\n    outputs={outputs}\nand write\n"
+            f"{list(entries)}. Make the callback with\n    outputs={outputs}\nand write\n"
             f"    {_compile_call(outputs)}\n"
             + (
-                f"or give the others a number: {{**weighting.loss_weights, {more[0]!r}: 0.5}}"
-                if more
-                else "A term that is no output needs a compound loss for all of them."
+                f"or give other outputs a number: {{**weighting.loss_weights, {others[0]!r}: 0.5}}"
+                if others
+                else "If a loss term is not an output, use a compound loss for all terms."
             )
         )
     # Keras pairs other structures by their order, which is not the same on every backend.
@@ -172,7 +173,7 @@ def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:
     is_alike = is_alike and found.keys() == losses.keys()
     if not is_alike or any(found[p] is not entries[n] for p, n in names.items() if n in entries):
         return (
-            f"`loss_weights` must have the structure of `loss={loss}`, and each loss its own "
+            f"`loss_weights` must have the structure of `loss={loss}` and give each loss its own "
             f"weight, weighting.loss_weights[name]. Found `loss_weights={loss_weights}`."
         )
     return None
@@ -250,11 +251,11 @@ def _combine_call(model: keras.Model, entries: Entries) -> str:
     """The code for the terms of a `compute_loss` or `train_step` of the user's own."""
     step = own_step(model)
     if step == "train_step" and keras.backend.backend() == "jax":
-        step = "compute_loss`, which `train_step` calls by `self.stateless_compute_loss"
+        step = "compute_loss`, which `train_step` calls through `self.stateless_compute_loss"
     return (
-        f"`{type(model).__name__}` has a step of its own and was compiled without a loss. Combine "
-        "its losses by a compound loss with this callback: in `__init__`,\n"
+        f"`{type(model).__name__}` has a custom `{own_step(model)}` and was compiled without a "
+        "loss. Combine its losses with a compound loss. In `__init__`, write\n"
         f"    self.compound = keras_dwa.CompoundLoss({list(entries)}, weighting)\n"
         f"and in `{step}`\n    loss = self.compound.combine({_with_dots(entries)})\n"
-        "If it has a compound loss, pass the callback that has it."
+        "If the model has a compound loss already, pass that one's `weighting` to `fit`."
     )

@@ -210,7 +210,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
             sample_weight = dict.fromkeys(names, sample_weight)
         elif not set(sample_weight) <= set(names):
             raise ValueError(
-                f"`sample_weight` takes the names {names}. Found {list(sample_weight)}."
+                f"`sample_weight` may have the names {names}. Found {list(sample_weight)}."
             )
         values = {}
         for name, loss in self._losses.items():
@@ -247,7 +247,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
             terms = [values[name] for name in names]
         else:
             found = list(values) if isinstance(values, Mapping) else values
-            raise ValueError(f"`combine` takes one term for each of {list(names)}. Found {found}.")
+            raise ValueError(f"`combine` needs one term for each of {list(names)}. Found {found}.")
         combined: tuple[Any, Any] = backend.combine(weights, terms, names)
         # Even in a trace, and always: `torch.compile` would compile again if this were read.
         self._weights.marks.added = True
@@ -256,8 +256,8 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
     def _check_has_losses(self) -> None:
         if not self._losses:
             raise ValueError(
-                f"This compound loss has names only and can only `combine`. Found {self!r}. Give "
-                "each name its loss: CompoundLoss({name: loss, ...}, weighting)"
+                "A compound loss with names but no losses can only `combine`. Found "
+                f"{self!r}. Give each name a loss: CompoundLoss({{name: loss, ...}}, weighting)"
             )
 
 
@@ -270,7 +270,7 @@ def _check_names(losses: Any, outputs: list[str]) -> None:
     longer = [f"{name}_loss" for name in names if name.endswith("_loss")]
     if longer and not isinstance(losses, Mapping):
         warnings.warn(
-            f"The terms would be logged as {longer}. Leave `_loss` out of their names.",
+            f"These terms would be logged as {longer}. Leave `_loss` out of their names.",
             stacklevel=3,
         )
 
@@ -283,7 +283,7 @@ def _is_tensor(value: Any) -> bool:
 def _check_outputs(argument: str, outputs: Any, names: list[str]) -> None:
     if not isinstance(outputs, Mapping):
         raise ValueError(
-            f"A compound loss takes dicts with the outputs {names}, or two tensors. Found a "
+            f"A compound loss needs dicts with the outputs {names}, or two tensors. Found a "
             f"{type(outputs).__name__} for `{argument}`."
         )
     if not set(names) <= set(outputs):

@@ -65,6 +65,7 @@ def _draw_outputs(panels: NDArray[Any], run: TrainingRun) -> None:
         for panel in of_windows:
             _draw_weights(panel, run, *run.window_weights(name), drawstyle="steps-post")
     _spread_out(panels[:, 0])
+    _widen(panels[0, 1])
     panels[0, 0].set_xlim(panels[0, 1].get_xlim())  # Also where the last losses are NaN.
     titles = ["loss (first epoch = 1)", run.weight_title, run.weight_title]
     units = ["epoch", "epoch", f"batch (latest {len(run.windows)} windows)"]
@@ -99,6 +100,13 @@ def _draw_weights(panel: Axes, run: TrainingRun, x: Vector, weights: Vector, **s
 def _draw(panel: Axes, x: Vector, y: Vector, **style: Any) -> None:
     # With points, while there is room for them.
     panel.plot(x, y, marker="." if len(x) <= 20 else None, **style)
+
+
+def _widen(panel: Axes) -> None:
+    """Makes an axis of weights at least 20% high, so that a change of 1% looks like one."""
+    low, high = panel.get_ylim()
+    lacks = max(0.0, 0.2 * max(abs(low), abs(high)) - (high - low))
+    panel.set_ylim(low - lacks / 2, high + lacks / 2)
 
 
 def _spread_out(panels: NDArray[Any]) -> None:

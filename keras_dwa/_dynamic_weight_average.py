@@ -95,7 +95,7 @@ class DynamicWeightAverage(LossWeighting):
         losses = np.array([logs[f"{name}_loss"] for name in names])
         not_finite = ~np.isfinite(losses)
         if not_finite.any():
-            message = f"is not finite; the {self._unit} is left out of the rates"
+            message = f"is not finite, so the {self._unit} is left out of the rates"
             self._hold(epoch, message, losses, not_finite)
             return None
         # The averages of the last two epochs, oldest first. Shape (2, K).
@@ -106,15 +106,15 @@ class DynamicWeightAverage(LossWeighting):
         before_previous, previous = history
         undefined = undefined_rates(previous, before_previous)
         if undefined.any():
-            self._hold(epoch, "rose from 0, so that it has no rate", losses, undefined)
+            self._hold(epoch, "was 0 before, so it has no rate", losses, undefined)
             return None
         flipped = np.sign(previous) * np.sign(before_previous) < 0
         if flipped.any() and "warned_of_sign" not in self.state:
             self.state["warned_of_sign"] = np.array(True)
             self._messages.append(
                 f"found that the loss of {_named(names, losses, flipped)} changed its sign after "
-                f"{epoch + 1} {self._unit}s: a negative rate lowers a weight, however the loss "
-                "moved."
+                f"{epoch + 1} {self._unit}s. Its rate is negative, which lowers its weight whether "
+                "the loss rose or fell."
             )
         factors = dwa_weights(previous, before_previous, self.temperature)
         return dict(zip(names, factors.tolist(), strict=True))

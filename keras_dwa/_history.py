@@ -51,9 +51,9 @@ class TrainingRun:
             had = np.isin(self.epochs, list(every)) & key.startswith("val_")
             if had.sum() != len(values):
                 raise ValueError(
-                    f"`{key}` has {len(values)} values, but there are {len(filled)} epochs. If "
-                    "only some were validated, give `validation_freq` as `fit` got it, or a "
-                    f"CSVLogger's file. Found `validation_freq = {freq!r}`."
+                    f"`{key}` has {len(values)} values, but there are {len(filled)} epochs. If you "
+                    "validated only some, pass the same `validation_freq` as to `fit`, or the file "
+                    f"of a CSVLogger. Found `validation_freq = {freq!r}`."
                 )
             filled[had] = values
         return filled
@@ -96,7 +96,7 @@ def columns_of(history: Any) -> dict[str, list[Any]]:
         columns = {column: history[column] for column in history.columns}
     else:
         raise TypeError(
-            "`history` must be what `fit` returned, its dict, the path of a CSVLogger's file or a "
+            "`history` must be what `fit` returned, its dict, the path of a CSVLogger file or a "
             f"data frame. Found {type(history).__name__}."
         )
     lists = {str(key): list(values) for key, values in columns.items()}
@@ -141,8 +141,8 @@ def _names(columns: Mapping[str, Any], weighting: "LossWeighting | None") -> lis
     names = found if weighting is None else list(weighting.outputs)
     if not names or not set(names) <= set(found):
         raise ValueError(
-            f"`history` lacks the weights or losses of {names or 'outputs'}. Give `fit` the "
-            "weighting that the model was compiled with, before a CSVLogger: "
+            f"`history` lacks the weights or losses of {names or 'outputs'}. In `fit`, list the "
+            "weighting that the model was compiled with, before any CSVLogger: "
             f"callbacks=[weighting, ...]. Found {list(columns)}."
         )
     return names

@@ -24,10 +24,10 @@ def check_log_names(names: Sequence[str]) -> None:
     """Raises a ValueError if two logs of outputs with these names would have the same key."""
     keys = Counter(["val_loss", "base_loss", "val_base_loss"])
     keys.update(f"{prefix}{name}_loss" for name in names for prefix in ("", "val_"))
-    if twice := [key for key, count in keys.items() if count > 1]:
+    if duplicates := [key for key, count in keys.items() if count > 1]:
         raise ValueError(
-            f"The logs of outputs with these names would have {twice} twice: Keras logs "
-            f"`<name>_loss` and `val_<name>_loss`. Rename an output. Found {list(names)}."
+            f"The logs would have {duplicates} twice, because Keras logs `<name>_loss` and "
+            f"`val_<name>_loss` for each output. Rename an output. Found {list(names)}."
         )
 
 
@@ -63,13 +63,13 @@ def check_logs(logs: Logs, names: Sequence[str], may_lack: bool = False) -> None
     missing = _missing_losses(logs, names)
     if missing and not may_lack:
         raise ValueError(
-            f"`logs` lacks {missing}. It has {list(logs)}. Name the outputs so; return "
-            "`self.compute_metrics(...)`, or averages named so, from `train_step`; in "
-            "`compute_loss`, call `super().compute_loss(...)`, or a CompoundLoss and `compile` "
-            "without a loss."
+            f"`logs` lacks {missing}. It has {list(logs)}. Check the names of the outputs. From "
+            "`train_step`, return `self.compute_metrics(...)` or averages with these names. In "
+            "`compute_loss`, call `super().compute_loss(...)`, or call a CompoundLoss and "
+            "`compile` without a loss."
         )
-    if taken := [key for name in names if (key := f"{name}_weight") in logs]:
-        raise ValueError(f"`logs` has {taken} already. Give that metric or loss another name.")
+    if clashing := [key for name in names if (key := f"{name}_weight") in logs]:
+        raise ValueError(f"`logs` already has {clashing}. Rename that metric or loss.")
 
 
 def check_total(logs: Logs, weighted: float) -> None:
@@ -77,17 +77,17 @@ def check_total(logs: Logs, weighted: float) -> None:
     smallest, _ = floatx_range()
     if logs.get("loss") == 0 and weighted > 100 * smallest:  # Else it underflows.
         raise ValueError(
-            f"`loss` was 0 in the logs, although the weighted losses sum to {weighted}: nothing "
-            "updates the metric that Keras logs. Leave `loss` out of your metrics and of what "
-            "`train_step` returns, or update Keras's:\n"
+            f"`loss` was 0 in the logs, although the weighted losses sum to {weighted}. Nothing "
+            "updates the metric that Keras logs. Leave `loss` out of your metrics and out of what "
+            "`train_step` returns, or update Keras's metric:\n"
             "    next(m for m in self.metrics if m.name == 'loss').update_state(loss)"
         )
 
 
 def check_first_logs(logs: Logs, names: Sequence[str], weights: Vector, may_lack: bool) -> None:
     """Raises a ValueError unless the logs of a first step are as those of an epoch must be."""
-    if taken := [key for key in ("base_loss", "val_base_loss") if key in logs]:
-        raise ValueError(f"`logs` has {taken} already. Give that metric another name.")
+    if clashing := [key for key in ("base_loss", "val_base_loss") if key in logs]:
+        raise ValueError(f"`logs` already has {clashing}. Rename that metric.")
     check_logs(logs, names, may_lack)
     if not _missing_losses(logs, names):
         check_total(logs, float(weights @ logged_losses(logs, names, weights)))
@@ -173,14 +173,14 @@ def add_val_base_loss(
     if losses is None or np.isnan(losses).any():
         if missing := _missing_losses(logs, names, "val_"):
             return (
-                f"adds no `val_base_loss`: the logs lack {missing}. A `test_step` of your own "
-                "must return\n    self.compute_metrics(x, y, y_pred, sample_weight)"
+                f"adds no `val_base_loss`: the logs lack {missing}. From your `test_step`, "
+                "return\n    self.compute_metrics(x, y, y_pred, sample_weight)"
             )
         losses = logged_losses(logs, names, weights, "val_")
     if recorded is not None and np.isnan(losses).any() and math.isfinite(logs["val_loss"]):
         return (
-            "adds no `val_base_loss`: nothing was recorded in validation. In `compute_loss`, or a "
-            "`test_step` of your own, `combine` the terms in validation, too."
+            "adds no `val_base_loss`: validation recorded nothing. Also `combine` the terms in "
+            "validation, in `compute_loss` or your own `test_step`."
         )
     if rest is not None:
         logs["val_base_loss"] = float(base_weights @ losses) + rest

@@ -61,9 +61,9 @@ class LossRecord:
             values: NDArray[Any] = keras.ops.convert_to_numpy(self.variable)
         except TypeError as error:
             raise ValueError(
-                "The losses were recorded under `jax.jit`, where a variable cannot keep them. Use "
-                "`stateless_call` or `stateless_combine` there, and assign the variables that it "
-                "returns to `weighting.variables`."
+                "Losses were recorded under `jax.jit`, where variables cannot be updated. Use "
+                "`stateless_call` or `stateless_combine` there, and assign the variables that they "
+                "return to `weighting.variables`."
             ) from error
         return values.astype(np.float64)
 

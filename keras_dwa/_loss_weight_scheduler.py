@@ -76,9 +76,9 @@ class LossWeightScheduler(LossWeighting):
         can_load = inspect.isfunction(schedule) or hasattr(schedule, "from_config")
         if keras.saving.get_registered_object(name) is not registered or not can_load:
             raise ValueError(
-                f"Keras saves a `schedule` that is registered. Found {schedule!r}. Write\n"
+                f"To be saved, `schedule` must be registered. Found {schedule!r}. Write\n"
                 "    @keras.saving.register_keras_serializable()\n"
-                "before its `def` (or its class, which needs `get_config` and `from_config`)."
+                "above its `def` (or its class, which needs `get_config` and `from_config`)."
             )
         return {**super().get_config(), "schedule": schedule}
 

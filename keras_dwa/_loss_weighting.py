@@ -184,8 +184,8 @@ class LossWeighting(keras.callbacks.Callback):
         super().set_model(model)
         if returns:
             self._messages.append(
-                "comes back to a model after it was with another one, and starts afresh. Make a "
-                "weighting for each model:\n"
+                "was used with another model in between, so it starts again from the first epoch. "
+                "Make one weighting per model:\n"
                 "    other_model.compile(..., loss_weights=other_weighting.loss_weights)"
             )
             self._warn()
@@ -213,8 +213,9 @@ class LossWeighting(keras.callbacks.Callback):
         is_late = epoch > weights.state.periods and not self._window_size
         if weights.is_loaded and is_late and not run.is_checked:
             self._messages.append(
-                f"continues with epoch {epoch + 1}, but the file that was read knows of only "
-                f"{weights.state.periods} before it. List the callback that writes it last:\n"
+                f"continues with epoch {epoch + 1}, but the file it was loaded from has seen only "
+                f"{weights.state.periods} of the epochs before. List the callback that writes the "
+                "file last:\n"
                 "    callbacks=[weighting, keras.callbacks.BackupAndRestore(...)]"
             )
         weights.is_loaded = False
@@ -322,9 +323,8 @@ class LossWeighting(keras.callbacks.Callback):
         is_short = size is not None and state.periods == 0 and state.window[-1] > 0
         if run is not None and run.begins_window and is_short:
             self._messages.append(
-                f"moved no weight: `update_freq={size}` batches are more than the "
-                f"{int(state.window[-1])} that were trained so far. Choose a smaller one, or "
-                "'epoch'."
+                f"moved no weights: a window has {size} batches (`update_freq={size}`), but only "
+                f"{int(state.window[-1])} were trained. Choose a smaller `update_freq`, or 'epoch'."
             )
         self._warn()
 
@@ -444,7 +444,7 @@ class LossWeighting(keras.callbacks.Callback):
         weights = self._weights
         if isinstance(model, Mapping):
             if x is not None or y is not None or evaluate:
-                raise ValueError("`adapt` takes a model with data, or averages without any.")
+                raise ValueError("`adapt` takes a model and data, or averages and no data.")
             losses = _arguments.check_losses(model, weights.names, "adapt")
             losses = _ranks.same_on_ranks(losses, weights) if all_ranks else losses
         elif not isinstance(model, keras.Model):
@@ -519,9 +519,10 @@ class LossWeighting(keras.callbacks.Callback):
             if values is None and weights.marks.added:
                 weights.marks.added = False
                 self._messages.append(
-                    "found nothing recorded, but the compound loss was called. Under "
-                    "`jax.jit`, assign what `stateless_call` returns to `weighting.variables`; "
-                    "before `train_on_batch`, call `weighting.set_model(model)`."
+                    "found nothing recorded, although the compound loss was called. Under "
+                    "`jax.jit`, assign the variables that `stateless_call` returns to "
+                    "`weighting.variables`. Before `train_on_batch`, call "
+                    "`weighting.set_model(model)`."
                 )
         else:
             given = _arguments.check_losses(losses, weights.names, "step")
@@ -667,8 +668,8 @@ class LossWeighting(keras.callbacks.Callback):
     def _add_segment(self, run: Run, end: int | None = None) -> None:
         if run.add_segment(self._weights.vector.current, end) and self._window_size:
             self._messages.append(
-                "does not know the losses of some batches of the epoch: an evaluation took their "
-                "place. In `callbacks`, list the weighting before those that evaluate."
+                "does not know the losses of some batches of the epoch, because an evaluation "
+                "overwrote them. In `callbacks`, list the weighting before those that evaluate."
             )
 
     # What is known, and what is checked.
@@ -685,9 +686,9 @@ class LossWeighting(keras.callbacks.Callback):
         run = self._run
         if run is None or run.thread != threading.get_ident():
             raise RuntimeError(
-                f"{self!r} was used by another `fit` at the same time, or in another thread; or "
-                "`on_train_begin` was not called. Make one for each model, and in a loop of your "
-                "own call\n    weighting.step({name: average, ...})"
+                f"{self!r} was used by another `fit` or thread at the same time, or "
+                "`on_train_begin` was not called. Make one weighting per model. In a custom loop, "
+                "call\n    weighting.step({name: average, ...})"
             )
         return run
 
@@ -721,10 +722,10 @@ class LossWeighting(keras.callbacks.Callback):
 
     def _end_empty_epoch(self, run: Run, epoch: int) -> None:
         """Ends an epoch without losses."""
-        what = "use of its compound loss" if run.batches else "batch"
+        reason = "did not use its compound loss" if run.batches else "had no batches"
         self._messages.append(
-            f"holds the loss weights: epoch {epoch + 1} had no {what}. (In a loop of your own, "
-            "call `on_train_batch_end` for each batch, or `weighting.step({name: average})`.)"
+            f"holds the loss weights: epoch {epoch + 1} {reason}. (In a custom loop, call "
+            "`on_train_batch_end` after each batch, or `weighting.step({name: average})`.)"
         )
         run.begin_epoch()
         self._warn()
@@ -789,9 +790,9 @@ class LossWeighting(keras.callbacks.Callback):
     def _sync(self) -> None:
         if self._run is not None and self._run.thread != threading.get_ident():
             raise RuntimeError(
-                "The weighting was used beside the steps of `fit`, in another thread. Call it in "
-                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`; if that `fit` broke "
-                "off, call `weighting.on_train_end()`."
+                "The weighting was used during `fit` in another thread. Call it in "
+                "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`. If that `fit` was "
+                "interrupted, first call `weighting.on_train_end()`."
             )
         # On JAX, a model's variables have no value while an epoch runs, other than within its step;
         # `Callback.model` puts them back, and the next step takes them from there.
@@ -808,7 +809,7 @@ class LossWeighting(keras.callbacks.Callback):
     def _warn(self) -> None:
         messages, self._messages = self._messages, []
         if len(messages) > 5:
-            messages[5:] = [f"has {len(messages) - 5} more messages of this epoch."]
+            messages[5:] = [f"has {len(messages) - 5} more warnings for this epoch."]
         if messages:
             name = type(self).__name__
             warnings.warn("\n".join(f"{name} {message}" for message in messages), stacklevel=3)

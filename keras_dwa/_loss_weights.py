@@ -60,7 +60,7 @@ class LossWeight(keras.Variable):
 
     def __bool__(self) -> NoReturn:
         raise TypeError(
-            "A loss weight is no boolean. For a model with one output, write\n"
+            "A loss weight cannot be used as a boolean. For a model with one output, write\n"
             f"    model.compile(..., loss={{{self.output!r}: ...}}, "
             "loss_weights=weighting.loss_weights)"
         )
@@ -78,7 +78,7 @@ class SavedWeight(float):
 
     def get_config(self) -> NoReturn:
         raise RuntimeError(
-            "Keras could not load live loss weights from a legacy `.h5` file. Save the model as "
+            "Keras cannot load live loss weights from a legacy `.h5` file. Save the model as "
             "`.keras`, or its weights as `.weights.h5`."
         )
 
@@ -116,11 +116,12 @@ class JaxLossWeightVector(LossWeightVector):
             return super().value
         except TypeError as error:
             raise RuntimeError(
-                f"{self.name!r} has no value while an epoch runs on JAX. Read a weight by "
-                "`float(weighting.loss_weights[name])`; call a compound loss in the model's "
-                "`compute_loss`, not in its `call`, and that in a `train_step` by "
-                "`self.stateless_compute_loss`; in a layer, use `self.add_weight(trainable=False)` "
-                "and assign it in a callback; make a weighting for each model."
+                f"{self.name!r} has no value while an epoch runs on JAX.\n"
+                "- To read a weight, use `float(weighting.loss_weights[name])`.\n"
+                "- Call a compound loss in `compute_loss`, not in the model's `call`. In a "
+                "`train_step`, call `self.stateless_compute_loss`.\n"
+                "- In a layer, use `self.add_weight(trainable=False)`, and assign it in a callback."
+                "\n- Make one weighting per model."
             ) from error
 
 
@@ -313,7 +314,7 @@ class LossWeights(keras.metrics.Metric):
         if sorted(outputs) != sorted(self.names):
             raise ValueError(
                 f"The file holds the loss weights of {outputs}, but this callback has "
-                f"{list(self.names)}. Make it with the file's outputs:\n    outputs={outputs}"
+                f"{list(self.names)}. Use the file's outputs:\n    outputs={outputs}"
             )
         for field in ("factors", "scale", "periods", "window"):
             _check_field(store, field, len(outputs))
@@ -352,8 +353,8 @@ def _check_field(store: Any, field: str, size: int) -> None:
             is_valid = is_valid and (field != "scale" or found.all())
     if not is_valid:
         raise ValueError(
-            f"The file holds no state of the loss weights: {found.tolist()} as `{field}`. The "
-            "weights stay as they are. Read an earlier file."
+            f"The state of the loss weights in the file is damaged. Found {found.tolist()} as "
+            f"`{field}`. The weights stay as they are. Load an earlier file."
         )
 
 

@@ -66,9 +66,7 @@ def plot_history(
     try:
         from keras_dwa._drawing import draw
     except ImportError as error:
-        raise ImportError(
-            '`plot_history` needs matplotlib: pip install "keras_dwa[plot]"'
-        ) from error
+        raise ImportError("`plot_history` needs matplotlib: pip install matplotlib") from error
     if not isinstance(weighting, LossWeighting | None):
         raise TypeError(
             "`weighting` must be the callback that moved the weights. "

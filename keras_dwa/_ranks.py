@@ -28,8 +28,8 @@ def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
     empty = [rank for rank, row in enumerate(rows) if row[-1] == 0]
     if 0 < len(empty) < len(rows):
         raise RuntimeError(
-            f"Nothing was recorded on ranks {empty} of {len(rows)}. Each needs a batch. For ranks "
-            "that train different models, give `all_ranks=False`."
+            f"Nothing was recorded on ranks {empty} of {len(rows)}. Each rank needs a batch. If "
+            "they train different models, pass `all_ranks=False`."
         )
     total: Vector = rows.sum(axis=0)
     return total
@@ -63,7 +63,7 @@ def same_on_ranks(averages: Vector, weights: LossWeights, parallel: Any = None) 
     # In the size of the sums, for ranks that call `step` without averages. To those, this rank
     # then has recorded nothing.
     rows = _of_ranks(np.append(averages, 0.0), weights, parallel)[:, :-1]
-    _check_same("averages of the losses", rows, "Give those over all ranks.")
+    _check_same("averages of the losses", rows, "Pass averages over all ranks.")
     same: Vector = rows[0]
     return same
 
@@ -89,13 +89,14 @@ def _of_ranks(values: Vector, weights: LossWeights, parallel: Any = None) -> NDA
         found: list[Any] = [None] * size
         torch.distributed.all_gather_object(found, names, group=group)
         raise RuntimeError(
-            f"The outputs differ between ranks, in names or order. Found {found}, by rank. Give a "
-            "list, in the same order on all ranks. If they train different models in a loop of "
-            "your own, give `all_ranks=False`."
+            f"The names or order of the outputs differ between ranks. Found {found}, by rank. Use "
+            "a list in the same order on all ranks. If they train different models in a custom "
+            "loop, pass `all_ranks=False`."
         )
     rows = rows[:, 1 : len(row)]
-    what = f"weights of {names}, or the epochs or windows before,"
-    _check_same(what, rows[:, : len(known)], "Give, load and assign the same on all ranks.")
+    what = f"weights of {names} or the numbers of past epochs or windows"
+    advice = "Use the same base weights, factors and files on all ranks."
+    _check_same(what, rows[:, : len(known)], advice)
     return rows[:, len(known) :]
 
 
@@ -105,5 +106,5 @@ def _check_same(what: str, rows: NDArray[np.float64], advice: str) -> None:
             raise RuntimeError(
                 f"The {what} differ between ranks. Found {rows[0].tolist()} on rank 0, "
                 f"{row.tolist()} on rank {rank}. {advice} If they train different models in a "
-                "loop of your own, give `all_ranks=False`."
+                "custom loop, pass `all_ranks=False`."
             )

@@ -32,8 +32,8 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
             problems.append(_hidden(model))
     if not isinstance(former := getattr(model, weights.name, None), LossWeights | None):
         problems.append(
-            f"`model.{weights.name}` is taken: the loss weights are kept there. Found {former!r}. "
-            "Give that another name."
+            f"`model.{weights.name}` is reserved for the loss weights. Found {former!r}. Rename "
+            "that attribute."
         )
     if len(problems) > 1:
         problems = [f"{number}. {problem}" for number, problem in enumerate(problems, 1)]
@@ -49,8 +49,8 @@ def is_tracked(model: keras.Model, weights: LossWeights) -> bool:
 
 def _hidden(model: keras.Model) -> str:
     return (
-        f"`{type(model).__name__}.metrics` hides the loss weights from the training step, in "
-        "which JAX would freeze them. Return `[*super().metrics, ...]` from it."
+        f"`{type(model).__name__}.metrics` hides the loss weights from the training step, where "
+        "JAX would turn them into constants. Return `[*super().metrics, ...]` from it."
     )
 
 
@@ -115,9 +115,10 @@ def check_attached(model: keras.Model | None, weights: LossWeights, callback: An
     if not is_tracked(model, weights):
         other = getattr(model, weights.name)
         raise ValueError(
-            f"`callbacks` has two weightings for one model. Found {callback!r} beside one of "
-            f"{list(other.names)}. Make one with all outputs; or, for losses that are trained "
-            "apart, make the compound loss of each an attribute of the model."
+            f"`callbacks` has two weightings for one model. Found {callback!r} and one for "
+            f"{list(other.names)}. Make one weighting with all outputs. If the losses are trained "
+            "separately, make a compound loss for each weighting and set both as attributes of the "
+            "model."
         )
 
 
@@ -125,9 +126,9 @@ def check_no_fit(is_running: bool) -> None:
     """Raises a RuntimeError if a `fit` is under way, or was broken off."""
     if is_running:
         raise RuntimeError(
-            "`step` closes an epoch, which `fit` does itself. Read the weights by\n"
+            "`step` ends an epoch, which `fit` does itself. To read the weights, write\n"
             "    weighting.loss_weights\n"
-            "For a loop of your own after a `fit` that was broken off, end that one by\n"
+            "If that `fit` was interrupted, end it before your own loop with\n"
             "    weighting.on_train_end()"
         )
 
@@ -136,10 +137,10 @@ def check_metrics(model: keras.Model, names: Sequence[str]) -> None:
     """Raises a ValueError if the logs of an output's loss would be those of another metric."""
     keys = Counter(metric.name for metric in model.metrics)
     # One is Keras's own.
-    if taken := [key for name in names if keys[key := f"{name}_loss"] > 1]:
+    if clashing := [key for name in names if keys[key := f"{name}_loss"] > 1]:
         raise ValueError(
-            f"`model` has other metrics named {taken}, which would replace the outputs' losses in "
-            f"the logs. Give them other names:\n    keras.metrics.Mean(name='my_{taken[0]}')"
+            f"`model` has other metrics named {clashing}, which would replace the outputs' losses "
+            f"in the logs. Rename them:\n    keras.metrics.Mean(name='my_{clashing[0]}')"
         )
 
 
@@ -153,14 +154,14 @@ def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
     """
     if is_recorded and not by_record:
         raise ValueError(
-            "The compound loss was called in training, and the model compiled with its weights as "
-            "well. Use one way; validate by `stateless_call`. (`compile` without a loss keeps the "
-            "former: make the model anew.)"
+            "`model` was compiled with the weights of a compound loss, and training also calls "
+            "that loss. Use only one of the two. (For validation, use `stateless_call`. Compiling "
+            "again without a loss keeps the former one: make a new model.)"
         )
     if by_record and is_called and not is_recorded:
         raise ValueError(
-            "What the compound loss recorded is lost, or `samples` was 0. Return from "
-            "`train_step` the `metrics_variables` that `self.stateless_compute_loss` gives; see "
+            "What the compound loss recorded was lost, or `samples` was 0. From `train_step`, "
+            "return the `metrics_variables` that `self.stateless_compute_loss` returns. See "
             "docs/own_steps.md."
         )
 
@@ -180,17 +181,17 @@ def check_nested(model: keras.Model, logs: Mapping[str, float], weighted: float)
     # Where the two are added, the rest of the total is that part.
     if abs(logs.get("loss", np.nan) - weighted) < 0.2 * abs(part):
         raise ValueError(
-            f"A compound loss weights the sum of losses that `compile` weighted: {list(inner)}. "
-            "`base_loss` would be wrong. Add the two:\n"
+            "A compound loss weights a sum of losses that `compile` already weighted: "
+            f"{list(inner)}. `base_loss` would be wrong. Add the two instead:\n"
             "    return super().compute_loss(...) + self.compound.combine({...})\n"
-            "or compile without weights, and give `combine` each loss."
+            "or compile without weights and pass each loss to `combine`."
         )
 
 
 def unused_message(model: keras.Model) -> str:
     """What to tell of a model that did not call its compound loss in its first epoch."""
     return (
-        "`model` was neither compiled with the loss weights, nor called the compound loss. "
+        "`model` was not compiled with the loss weights, and never called the compound loss. "
         f"Call it in `{own_step(model)}`, or write\n"
         "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)"
     )
@@ -222,10 +223,9 @@ def static_sums(
     ignored = suspects & (abs(weighted - static) > 1e-3 * abs(static))
     if ignored.any():
         raise ValueError(
-            f"The weights do not reach the loss: it was {total}, the sum under "
-            f"{'the base weights' if ignored[:-1].any() else 'no weights'}, with the weights "
-            f"{weights}. "
-            "Return `super().compute_loss(...)` or a CompoundLoss from `compute_loss`; train on "
-            "that in `train_step`."
+            f"The weights do not reach the loss. With the weights {weights}, it was {total}, the "
+            f"sum under {'the base weights' if ignored[:-1].any() else 'no weights'}. Return "
+            "`super().compute_loss(...)` or a CompoundLoss from `compute_loss`, and train on that "
+            "in `train_step`."
         )
     return suspects

@@ -162,15 +162,18 @@ def test_assignment_beside_the_next_steps_says_where_to_call_it(weighting):
 @pytest.mark.parametrize(
     ("factors", "message"),
     [
-        ({"third": 1.0}, "`assign` gave factors for ['third']. The outputs are ['easy', 'hard']."),
-        ({"hard": -0.5}, "`assign` gave -0.5 for 'hard'. A factor is a finite number >= 0"),
-        ({"hard": float("nan")}, "gave nan for 'hard'"),
+        ({"third": 1.0}, "`assign`: found ['third']. The outputs are ['easy', 'hard']."),
+        ({"hard": -0.5}, "`assign`: found -0.5 for 'hard'. A factor must be a finite number >= 0"),
+        ({"hard": float("nan")}, "found nan for 'hard'"),
         ({"easy": 10**400}, "for 'easy'"),
-        ({"easy": "2"}, "gave '2' for 'easy'"),
-        ({"easy": [1.0]}, "gave [1.0] for 'easy'"),
+        ({"easy": "2"}, "found '2' for 'easy'"),
+        ({"easy": [1.0]}, "found [1.0] for 'easy'"),
         # Times its base weight of 3, it is infinite in float32.
-        ({"easy": 2e38}, "gave 2e+38 for 'easy'. A factor is a finite number >= 0, also times its"),
-        ([2.0], "`assign` gave [2.0]. It must give a dict of name to factor."),
+        (
+            {"easy": 2e38},
+            "found 2e+38 for 'easy'. A factor must be a finite number >= 0, and so must its prod",
+        ),
+        ([2.0], "`assign`: expected a dict of name to factor. Found [2.0]."),
     ],
 )
 def test_factors_must_be_finite_numbers_by_output_name(weighting, factors, message):

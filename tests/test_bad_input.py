@@ -35,7 +35,7 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
         ("depth", "must be a sequence of output names, or a dict of name to base weight. Found"),
         ({"a", "b"}, "must be a sequence"),
         (["a", "b", "a"], "names 'a' more than once"),
-        (["a", 1], "must hold names. Found 1 in"),
+        (["a", 1], "must be strings. Found 1 in"),
         (
             {"a": 1.0, "b": 0.0},
             "Found 0.0 for 'b'. To switch a loss off, write\n    weighting.assi",
@@ -43,9 +43,9 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
         ({"a": float("nan")}, "Found nan for 'a'"),
         ({"a": "1"}, "Found '1' for 'a'"),
         # Twice this weight is infinite in float32.
-        ({"a": 2e38, "b": 1.0}, "stay so in float32. Found 2e+38 for 'a'"),
+        ({"a": 2e38, "b": 1.0}, "within the range of float32. Found 2e+38 for 'a'"),
         # Below the smallest normal number: it is 0 on some devices.
-        ({"a": 1e-40}, "stay so in float32. Found 1e-40 for 'a'"),
+        ({"a": 1e-40}, "within the range of float32. Found 1e-40 for 'a'"),
         # Names whose logs would have one key twice.
         (["x", "base"], "would have ['base_loss', 'val_base_loss'] twice"),
         (["val", "x"], "would have ['val_loss'] twice"),
@@ -74,7 +74,7 @@ def test_base_weights_have_the_range_of_floatx():
         ("bfloat16", {"a": 1e38, "b": 1.0}, None),
         ("bfloat16", {"a": 2e38, "b": 1.0}, "2e+38"),
     ]:
-        message = re.escape(f"stay so in {dtype}. Found {refused} for 'a'")
+        message = re.escape(f"within the range of {dtype}. Found {refused} for 'a'")
         with floatx(dtype), pytest.raises(ValueError, match=message) if refused else nullcontext():
             weights = DynamicWeightAverage(outputs).loss_weights
             assert {weight.dtype for weight in weights.values()} == {dtype}
@@ -86,10 +86,10 @@ def test_base_weights_have_the_range_of_floatx():
 @pytest.mark.parametrize(
     ("losses", "message"),
     [
-        ({"easy": 1.0}, "one loss per output of ['easy', 'hard']. Found ['easy']"),
+        ({"easy": 1.0}, "needs one loss for each of ['easy', 'hard']. Found ['easy']"),
         ({"easy": 1.0, "hard": 1.0, "more": 1.0}, "Found ['easy', 'hard', 'more']"),
-        ({"easy": 1.0, "hard": [1.0, 2.0]}, "scalar tensor. Found [1.0, 2.0] for 'hard'"),
-        ({"easy": np.ones((1,)), "hard": 1.0}, "scalar tensor. Found array([1.]) for 'easy'"),
+        ({"easy": 1.0, "hard": [1.0, 2.0]}, "scalar tensors. Found [1.0, 2.0] for 'hard'"),
+        ({"easy": np.ones((1,)), "hard": 1.0}, "scalar tensors. Found array([1.]) for 'easy'"),
         ({"easy": 1j, "hard": 1.0}, "Found 1j for 'easy'"),
     ],
 )
@@ -104,7 +104,11 @@ def test_step_takes_one_scalar_per_output(dwa, losses, message):
 @pytest.mark.parametrize(
     ("before", "odd", "message"),
     [
-        ((1.0, 3.0), (np.nan, -np.inf), "'easy' (nan), 'hard' (-inf) is not finite; the epoch is"),
+        (
+            (1.0, 3.0),
+            (np.nan, -np.inf),
+            "'easy' (nan), 'hard' (-inf) is not finite, so the epoch is",
+        ),
         ((0.0, 4.0), (0.5, 2.0), "holds the loss weights after 2 epochs: the loss of 'easy' (0.5)"),
         ((1.0, 1.0), (-1.0, 1.0), "the loss of 'easy' (-1.0) changed its sign after 2 epochs"),
     ],

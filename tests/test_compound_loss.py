@@ -278,7 +278,7 @@ def combine(values):
         (lambda compound: compound(Y, Y, {"more": 1.0}), "names ['easy', 'hard']. Found ['more']"),
         (lambda compound: compound.stateless_call([1], Y, Y), "`weighting.variables`, 2 of them. "),
         (lambda compound: new(NAMES)(compound)(Y, Y), "can only `combine`. Found CompoundLoss(['e"),
-        (lambda compound: new(NAMES)(compound).losses, "names only and can only `combine`"),
+        (lambda compound: new(NAMES)(compound).losses, "names but no losses can only `combine`"),
         (combine({"easy": 1.0}), "one term for each of ['easy', 'hard']. Found ['easy']"),
         (combine({**ONES, "more": 1.0}), "Found ['easy', 'hard', 'more']"),
         (combine(3.0), "Found 3.0"),

@@ -206,7 +206,7 @@ def test_epoch_without_a_use_after_the_first_holds_the_weights():
     dwa = DynamicWeightAverage(NAMES)
     model = FirstEpochOnly(dwa)
     model.compile("sgd", run_eagerly=True)
-    with pytest.warns(UserWarning, match="epoch 2 had no use of its compound loss"):
+    with pytest.warns(UserWarning, match="epoch 2 did not use its compound loss"):
         history = model.fit(X, batch_size=8, epochs=2, verbose=0, callbacks=[dwa]).history
     assert len(history["kl_weight"]) == 1
 

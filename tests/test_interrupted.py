@@ -47,7 +47,7 @@ def test_fit_after_an_interrupted_one_goes_on(dwa, make_model):
 def test_loop_after_an_interrupted_fit_says_how_to_end_that_one(dwa):
     with pytest.raises(KeyboardInterrupt):
         fit(with_a_compound_loss(dwa), dwa, Stop(1, 1))
-    message = r"closes an epoch.*\n    weighting\.loss_weights\n.*\n    weighting\.on_train_end\(\)"
+    message = r"ends an epoch.*\n    weighting\.loss_weights\n.*\n    weighting\.on_train_end\(\)"
     with pytest.raises(RuntimeError, match=message):
         dwa.step()
     dwa.on_train_end()
@@ -105,7 +105,7 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_of_before_or_after(dwa):
 def test_ctrl_c_at_any_line_of_the_start_leaves_nothing_of_the_former_model(dwa):
     former, model, base = compiled_model(dwa), compiled_model(dwa), {"easy": 1.0, "hard": 1.0}
     # The model that an interrupted `set_model` was given, or `former`.
-    warnings.filterwarnings("ignore", "DynamicWeightAverage comes back to a model")
+    warnings.filterwarnings("ignore", "DynamicWeightAverage was used with another model")
 
     def start(line=None):
         dwa.set_model(former)

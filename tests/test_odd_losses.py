@@ -81,7 +81,7 @@ def test_epoch_without_batches_holds_the_weights():
         on_epoch_begin=lambda epoch, log: weights.append(dwa.step()["easy"]),
         on_epoch_end=lambda epoch, log: logs.append({key: [log[key]] for key in log}),
     )
-    with pytest.warns(UserWarning, match=r"holds the loss weights: epoch 3 had no batch\. "):
+    with pytest.warns(UserWarning, match=r"holds the loss weights: epoch 3 had no batches\. "):
         train(dict_model(), dwa, EmptyThirdEpoch(), None, epochs=5, shuffle=False, others=[keep])
     assert weights[3] == weights[2] != 3.0
     # What Keras logs of such an epoch differs by backend.

@@ -293,7 +293,9 @@ def test_losses_that_are_weighted_twice_are_refused():
     model = Nested(*heads())
     model.compound = CompoundLoss(outer.outputs, outer)
     model.compile("sgd", LOSSES, loss_weights=inner.loss_weights)
-    with pytest.raises(ValueError, match=r"`compile` weighted: \['easy', 'hard'\]\.(?s:.*)Add the"):
+    with pytest.raises(
+        ValueError, match=r"`compile` already weighted: \['easy', 'hard'\]\.(?s:.*)Add the"
+    ):
         model.fit(X, Y, verbose=0, callbacks=[inner, outer])
 
 
@@ -404,8 +406,8 @@ def drops_the_record(self, trainable, non_trainable, metrics_variables, x):
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"loss_and_state": combines}, "in a `train_step` by `self.stateless_compute_loss`"),
-        ({"loss_and_state": drops_the_record}, "that `self.stateless_compute_loss` gives"),
+        ({"loss_and_state": combines}, "In a `train_step`, call `self.stateless_compute_loss`"),
+        ({"loss_and_state": drops_the_record}, "that `self.stateless_compute_loss` returns"),
         ({"log": lambda self, x, loss: self.get_metrics_result()}, "`loss` was 0 in the logs"),
         ({"metrics": property(lambda self: [])}, r"`Own.metrics` hides.*\[\*super\(\).metrics, "),
     ],
@@ -423,13 +425,13 @@ def test_first_error_says_to_combine_the_terms_and_all_else_that_is_wrong(dwa, m
     own = {method: lambda self, *args, **kwargs: None, "metrics": property(lambda self: [])}
     model = type("Own", (TwoHeads,), own)()
     dwa.set_model(model)  # For a loop of one's own, it is right.
-    with pytest.raises(ValueError, match="`Own` has a step of its own") as raised:
+    with pytest.raises(ValueError, match=f"`Own` has a custom `{method}`") as raised:
         fit(model, dwa)
     message = str(raised.value)
     assert f"keras_dwa.CompoundLoss({NAMES}, weighting)" in message
     assert "combine({'reconstruction': ..., 'kl': ...})" in message
     assert "compile(" not in message
     assert ("2. `Own.metrics` hides" in message) == (BACKEND == "jax")
-    by = "`compute_loss`, which `train_step` calls by `self.stateless_compute_loss`"
+    by = "`compute_loss`, which `train_step` calls through `self.stateless_compute_loss`"
     assert (by in message) == (BACKEND == "jax" and method == "train_step")
     assert ("`train_step`" in message) == (method == "train_step")

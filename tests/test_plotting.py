@@ -206,5 +206,19 @@ def test_file_without_epochs_is_an_error(tmp_path):
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "keras_dwa._drawing", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r'pip install "keras_dwa\[plot\]"'):
+    with pytest.raises(ImportError, match="needs matplotlib: pip install matplotlib"):
         plot_history(made_up("a", "b"))
+
+
+@pytest.mark.parametrize("weights", [[1.0, 1.01, 0.99], [100.0, 101.0, 99.0]])
+def test_weights_that_move_by_a_percent_look_like_it(weights):
+    figure = plot_history(made_up("depth", "normals", depth_weight=weights))
+    low, high = figure.axes[1].get_ylim()
+    assert high - low >= 0.2 * max(weights)
+
+
+def test_weights_that_move_far_are_all_in_the_picture():
+    figure = plot_history(made_up("depth", "normals", depth_weight=[0.0, 1.0, 2.0]))
+    low, high = figure.axes[1].get_ylim()
+    assert -0.2 < low <= 0
+    assert 2 <= high < 2.2

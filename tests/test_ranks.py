@@ -141,15 +141,15 @@ def steps(rank, ranks):
 def test_each_rank_says_what_differs(tmp_path):
     found = ranks.run(steps, 2, tmp_path)
     for messages in found:
-        assert "on ranks [1] of 2. Each needs a batch" in messages["nothing"]
+        assert "on ranks [1] of 2. Each rank needs a batch" in messages["nothing"]
         assert "averages of the losses differ between ranks" in messages["unequal"]
-        assert "Found [1.0, 1.0] on rank 0, [1.0, 2.0] on rank 1. Give" in messages["unequal"]
+        assert "Found [1.0, 1.0] on rank 0, [1.0, 2.0] on rank 1. Pass" in messages["unequal"]
         assert messages["two ways"] is not None
         assert messages["equal"] == found[0]["equal"] != {"easy": 1.0, "hard": 1.0}
         assert "weights of ['easy', 'hard']" in messages["factors"]
-        assert "or the epochs or windows before, differ between ranks" in messages["epochs"]
+        assert "or the numbers of past epochs or windows differ between ranks" in messages["epochs"]
         assert "Found [1.0, 1.0, 0.0] on rank 0, [1.0, 1.0, 1.0]" in messages["epochs"]
-        assert "Give, load and assign the same on all" in messages["factors"]
+        assert "Use the same base weights, factors and files on all" in messages["factors"]
         assert "Found [['easy', 'hard'], ['hard', 'easy']], by rank" in messages["order"]
         assert "Found [['easy', 'hard'], ['easy']], by rank" in messages["number"]
     assert found[0]["apart"] != found[1]["apart"]

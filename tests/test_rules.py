@@ -120,11 +120,14 @@ def test_rule_without_an_override_moves_and_prints_nothing(capsys):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({"third": 1.0}, "`Nonsense.update` after epoch 2 gave factors for ['third']. The outputs"),
-        ({"easy": np.nan}, "after epoch 2 gave nan for 'easy'. A factor is a finite number >= 0"),
-        ({"hard": -1.0}, "gave -1.0 for 'hard'"),
-        ({"hard": np.inf}, "gave inf for 'hard'"),
-        ([1.0, 1.0], "gave [1.0, 1.0]. It must give a dict of name to factor."),
+        ({"third": 1.0}, "`Nonsense.update` after epoch 2: found ['third']. The outputs are"),
+        (
+            {"easy": np.nan},
+            "after epoch 2: found nan for 'easy'. A factor must be a finite number >= 0",
+        ),
+        ({"hard": -1.0}, "found -1.0 for 'hard'"),
+        ({"hard": np.inf}, "found inf for 'hard'"),
+        ([1.0, 1.0], "expected a dict of name to factor. Found [1.0, 1.0]."),
         (KeyError("mine"), "mine"),
     ],
 )
@@ -161,7 +164,7 @@ def test_state_must_be_arrays_of_numbers_by_name(key, value):
             self.state[key] = value
 
     rule = Remember(NAMES)
-    found = re.escape(f"`Remember.update` after epoch 1 left {value!r} in `state[{key!r}]`.")
+    found = re.escape(f"`Remember.update` after epoch 1: found {value!r} in `state[{key!r}]`.")
     with pytest.raises(ValueError, match=found):
         rule.step({"easy": 1.0, "hard": 1.0})
     assert rule.state == {}

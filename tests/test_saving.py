@@ -190,7 +190,9 @@ def test_damaged_state_is_refused_and_changes_nothing(dwa, field, value):
         del store[field]
     else:
         store[field] = np.array(value)
-    with pytest.raises(ValueError, match=rf"no state of the loss weights: .* as `{field}`"):
+    with pytest.raises(
+        ValueError, match=rf"the loss weights in the file is damaged.* as `{field}`"
+    ):
         dwa._weights.load_own_variables(store)
     assert repr(dwa) == before
     assert dwa._weights.state.periods == 1

@@ -184,7 +184,7 @@ def test_schedule_must_be_a_function():
 @one_backend
 def test_schedule_that_returns_nonsense_leaves_the_weights_as_they_were():
     scheduler = LossWeightScheduler(NAMES, lambda epoch, _: {"hard": 0.5 - epoch})
-    source = "`LossWeightScheduler.schedule` for epoch 2 gave -0.5 for 'hard'"
+    source = "`LossWeightScheduler.schedule` for epoch 2: found -0.5 for 'hard'"
     with pytest.raises(ValueError, match=source):
         scheduler.step()
     assert scheduler.factors == {"easy": 1.0, "hard": 0.5}

@@ -51,7 +51,9 @@ def test_every_other_model_starts_afresh_and_so_does_a_reset(dwa, tmp_path):
     models = [dict_model() for _ in range(3)]
     for model in models[:2]:
         check_run(train(model, dwa, epochs=2), dwa)
-    with pytest.warns(UserWarning, match=r"comes back.*\n.*=other_weighting\.loss_weights"):
+    with pytest.warns(
+        UserWarning, match=r"another model in between.*\n.*=other_weighting\.loss_weights"
+    ):
         check_run(train(models[0], dwa, epochs=2), dwa)
     models[0].save_weights(tmp_path / "file.weights.h5")
     models[0].load_weights(tmp_path / "file.weights.h5")
@@ -94,7 +96,7 @@ def test_weights_are_scalars_that_nothing_trains_or_rounds():
             assert weight.dtype == "float32"
             return keras.ops.convert_to_tensor(weight)
 
-    with pytest.raises(TypeError, match=r"(?s)no boolean.*loss_weights=weighting.loss_weights"):
+    with pytest.raises(TypeError, match=r"(?s)as a boolean.*loss_weights=weighting.loss_weights"):
         bool(weight)
 
     # In a layer of half precision, Keras would round other variables to 1.0.
@@ -107,7 +109,7 @@ def test_warnings_name_the_line_that_they_are_about(dwa):
     first, second = compiled_model(dwa), compiled_model(dwa)
     dwa.set_model(first)
     dwa.set_model(second)
-    with pytest.warns(UserWarning, match="comes back") as of_model:
+    with pytest.warns(UserWarning, match="another model in between") as of_model:
         dwa.set_model(first)
     with pytest.warns(UserWarning, match="not finite") as of_loss:
         dwa.step({"easy": float("nan"), "hard": 1.0})

@@ -242,7 +242,7 @@ def test_nan_holds_the_weights_and_stays_in_keras_sums_but_not_in_a_compound_los
     # This optimizer skips steps whose gradients are NaN.
     model, dwa = start(way, 1, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.0)))
     poisoned = {**Y, "easy": np.where(np.arange(len(X))[:, None] < BATCH, np.nan, Y["easy"])}
-    left_out = r"after 1 windows: .*'easy' \(nan\).*; the window is left out"
+    left_out = r"after 1 windows: .*'easy' \(nan\).*, so the window is left out"
     with pytest.warns(UserWarning, match=left_out) as warned:
         fit(model, dwa, y=poisoned, epochs=1)
     expected = easy_losses(model)
@@ -257,7 +257,7 @@ def test_nan_holds_the_weights_and_stays_in_keras_sums_but_not_in_a_compound_los
 def test_many_messages_of_an_epoch_are_cut():
     model, dwa = start("compile", 1)
     poisoned = {**Y, "easy": np.full_like(Y["easy"], np.nan)}
-    with pytest.warns(UserWarning, match="has 3 more messages of this epoch") as warned:
+    with pytest.warns(UserWarning, match="has 3 more warnings for this epoch") as warned:
         fit(model, dwa, y=poisoned, epochs=1, batch_size=5)
     assert our_messages(warned)[0].count("left out") == 5
 
@@ -265,7 +265,7 @@ def test_many_messages_of_an_epoch_are_cut():
 @one_backend
 def test_window_that_the_run_does_not_fill_is_warned_of_once_at_its_end():
     model, dwa = start("compile", 100)
-    with pytest.warns(UserWarning, match="update_freq=100.* the 10 that were") as warned:
+    with pytest.warns(UserWarning, match="update_freq=100.* only 10 were trained") as warned:
         fit(model, dwa, epochs=2)
     assert len(our_messages(warned)) == 1
     fit(model, dwa, epochs=1)
@@ -280,7 +280,7 @@ def test_evaluation_that_takes_the_place_of_losses_is_warned_of(hook, known):
     look = Lambda(
         **{hook: lambda number, logs: number == 1 and look.model.evaluate(X, Y, verbose=0)}
     )
-    with pytest.warns(UserWarning, match="an evaluation took their place.* before those that eva"):
+    with pytest.warns(UserWarning, match="an evaluation overwrote them.* before those that eva"):
         fit(model, look, dwa, epochs=3)
     assert [window.batches for window in dwa.windows] == [4, 4, 4]
     assert [math.isfinite(window.losses["easy"]) for window in dwa.windows] == known

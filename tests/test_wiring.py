@@ -240,7 +240,7 @@ MISWIRINGS = {
         row("another_name", "['easy', 'heavy']", OUTPUTS, "weighting.loss_weights, 'hard': 0.5}",
             names=["easy", "heavy"]),
         # Elsewhere, Keras builds its loss before it shows the model to a callback.
-        row("extra_name", "the outputs ['easy', 'hard', 'third']", OUTPUTS, "A term that is no ou",
+        row("extra_name", "the outputs ['easy', 'hard', 'third']", OUTPUTS, "use a compound loss",
             names=["easy", "hard", "third"], on=["tensorflow"]),
         row("missing_name", "got 2 losses and 1 weights", names=["easy"], on=["jax", "torch"]),
         row("list_of_unnamed_outputs", "(a subclassed model", CALL, loss=["mae", "mse"],
@@ -253,11 +253,11 @@ MISWIRINGS = {
             model=dict_model),
         row("compound_loss_for_two_unknown_outputs", "several outputs", COMPOUND,
             run=compound_for_all, model=TwoHeads, on=["jax", "torch"]),
-        row("weight_of_a_compound_loss", "but 1. Found `loss_weights=[0.5]`", "loss=compound)",
+        row("weight_of_a_compound_loss", "must be 1. Found `loss_weights=[0.5]`", "loss=compound)",
             run=compound_for_one, loss_weights=[0.5]),
-        row("compound_loss_and_weights_of_another_structure", "For other outputs, write dicts",
+        row("compound_loss_and_weights_of_another_structure", "other outputs, use dicts",
             run=compound_beside, loss_weights=[1.0, 0.5]),
-        row("loss_with_the_name_of_an_output", "names of outputs, ['hard']", "Rename",
+        row("loss_with_the_name_of_an_output", "names of outputs: ['hard']", "Rename",
             run=compound_beside, names=("hard", "mse")),
         row("two_losses_for_one_output", "one output", "CompoundLoss({'mae': ..., 'mse': ...}",
             "loss=compound)", run=two_losses_for_one),
@@ -266,18 +266,18 @@ MISWIRINGS = {
     ],
     A_FEW_BATCHES: [
         row("metric_like_a_loss", "['easy_loss']", "name='my_easy_loss'", trackers=["easy_loss"]),
-        row("metrics_like_base_losses", "['base_loss', 'val_base_loss'] already", "another name",
+        row("metrics_like_base_losses", "already has ['base_loss', 'val_base_loss']", "Rename",
             trackers=["base_loss", "val_base_loss"]),
         row("compound_loss_for_two_unknown_outputs", "several outputs", COMPOUND,
             run=compound_for_all, model=TwoHeads, on=["tensorflow"]),
         row("own_compute_loss", "has ['loss']", "self.compute_metrics(", "super().compute_loss(",
             "a CompoundLoss and `compile` without", own={"compute_loss": unweighted}, on=ALL),
-        row("compound_loss_and_weights", "as well", "Use one way",
+        row("compound_loss_and_weights", "also calls", "Use only one",
             base=ComputeLoss, own={"compute_loss": twice}, on=ALL),
         row("fit_within_an_epoch", "'loss_weights' has no", run=two_models_at_once),
     ],
     ONE_EPOCH: [
-        row("uncalled_compound_loss", "nor called", "in `compute_loss`", COMPOUND,
+        row("uncalled_compound_loss", "never called", "in `compute_loss`", COMPOUND,
             own={"compute_loss": unweighted}, on=ALL, **BY_CALL),
         row("ignored_base_weights", "under no weights", names={"easy": 2.0, "hard": 1.0}, on=ALL,
             **IGNORES),
@@ -314,7 +314,7 @@ def test_miswiring_says_what_was_found_and_what_to_write(limits, run, message):
 
 @one_backend
 def test_logs_are_checked_where_keras_waits_for_no_batch():
-    message = r"\['easy_weight'\] already\. Give that metric or loss another name"
+    message = r"already has \['easy_weight'\]\. Rename that metric or loss"
     with pytest.raises(ValueError, match=message):
         train(dict_model(), new(), mode={"metrics": metric_named("weight")})
 
