@@ -1,4 +1,4 @@
-"""How the weights combine losses outside `compile`: in custom loops, and other loss terms."""
+"""The weighted sum of losses outside `compile`: loss terms and custom loops."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,34 +13,33 @@ from keras_dwa._loss_weights import LossWeight
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
 class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
-    """The weighted sum of several losses, under the weights of a `LossWeighting`.
+    """Weighted sum of several losses, under the weights of a `LossWeighting`.
 
-    For what `compile(loss_weights=...)` cannot do: several losses on one output, loss terms that
-    are not outputs of the model (a VAE's reconstruction and KL divergence, a PINN's residual and
-    boundary terms), and your own training loops.
+    Use it where `compile(loss_weights=...)` cannot help: for several losses on one output, for loss
+    terms that are not outputs of the model (a VAE's KL divergence, a PINN's boundary terms), and in
+    custom loops.
 
-    Each call also records the unweighted losses, which appear in the logs as `<name>_loss`. Pass
-    `weighting` as a callback to `fit`, and
+    Each call also records the unweighted losses, which the logs show as `<name>_loss`. Pass
+    `weighting` to `fit` as a callback, and
 
-    - for several losses on one output, compile the model with it: `compile(loss=compound)`;
-    - for loss terms, make it an attribute of the model, which then saves the weights and the state
-      of their rule, and call `combine` in the model's `compute_loss`, or in your own `train_step`
-      (on JAX, by way of `compute_loss`). A step may use it any number of times: each use counts as
-      a batch of its own;
-    - in your own loop, call `weighting.step()` at the end of an epoch, to move the weights by what
-      was recorded.
+    - for several losses on one output, compile with `loss=compound`;
+    - for loss terms, make it an attribute of the model, which then saves the weights and the rule's
+      state. Call `combine` in `compute_loss`, or in your own `train_step` (on JAX, only through
+      `compute_loss`). A step may use it several times; each use counts as a batch;
+    - in a custom loop, call `weighting.step()` at the end of each epoch, to move the weights by
+      what was recorded.
 
-    On JAX, use `stateless_call` and `stateless_combine` in functions that you give to `jax.jit`:
-    variables do not keep what is assigned there. (`fit` takes care of this itself.)
+    In functions that you pass to `jax.jit`, use `stateless_call` and `stateless_combine`, because
+    variables do not keep what is assigned there. (`fit` takes care of this.)
 
     Args:
-        losses: name to loss: anything that `keras.losses.get` takes, a name, a function or a
-            `keras.losses.Loss`. A sequence of names, when you only `combine` terms.
-        weighting: the callback with the weights, of any rule, or its config. Its outputs must be
-            the same names.
+        losses: Dict of name to loss: anything that `keras.losses.get` accepts. Or a sequence of
+            names, if you only `combine` terms.
+        weighting: The callback with the weights, or its config. Its outputs must have the same
+            names.
 
     Raises:
-        ValueError: if `losses` and `weighting` have different names, or a loss is not one.
+        ValueError: If the names of `losses` and `weighting` differ, or a loss is invalid.
 
     Examples:
         >>> import numpy as np
@@ -53,7 +52,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         5.0
         >>> float(compound.combine({"depth": 2.0, "normals": 1.0}))
         3.0
-        >>> dwa.step()  # Closes the first epoch.
+        >>> dwa.step()  # Ends the first epoch.
         {'depth': 1.0, 'normals': 1.0}
     """
 
@@ -77,106 +76,109 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
 
     @property
     def weighting(self) -> LossWeighting:
-        """The callback with the weights: for `fit(callbacks=[...])`."""
+        """The callback with the weights, for `fit(callbacks=[...])`."""
         return self._weighting
 
     @property
     def loss_weights(self) -> dict[str, LossWeight]:
-        """The weights by output name: for `compile(loss_weights=...)`."""
+        """Dict of output name to live weight, for `compile(loss_weights=...)`."""
         return self._weighting.loss_weights
 
     @property
     def losses(self) -> dict[str, Any]:
-        """The losses by name, as given: for `compile(loss=...)` of a model with these outputs."""
+        """Dict of name to loss, as given, for `compile(loss=...)` of a model with these outputs.
+
+        Raises:
+            ValueError: If it has only names.
+        """
         self._check_has_losses()
         return dict(self._identifiers)
 
     def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        """The weighted sum of the outputs' losses; records the unweighted losses.
+        """Returns the weighted sum of the outputs' losses, and records the unweighted losses.
 
         Args:
-            y_true: output name to targets; names without a loss are left aside, as in `y_pred`. Or
-                one tensor, the targets of every loss, as `compile` gives them for one output.
-            y_pred: output name to predictions, or one tensor. The first axis holds the samples.
-            sample_weight: output name to weights of the samples, for any of the losses; or one
-                tensor for all of them.
+            y_true: Dict of output name to targets, or one tensor with the targets of every loss.
+                Names without a loss are ignored, also in `y_pred`.
+            y_pred: Dict of output name to predictions, or one tensor. The first axis is the batch.
+            sample_weight: Dict of output name to sample weights, for any of the losses, or one
+                tensor for all.
 
         Returns:
-            A scalar tensor of `floatx` or a wider dtype.
+            A scalar tensor of dtype `floatx` or wider.
 
         Raises:
-            ValueError: if `y_true` and `y_pred` are neither tensors nor dicts that have every
-                output, or `sample_weight` has a name that no loss has.
+            ValueError: If `y_true` and `y_pred` are neither two tensors nor dicts with every
+                output, or `sample_weight` has an unknown name.
         """
         return self._combine(*self._terms(y_true, y_pred, sample_weight))
 
     def combine(self, values: Any, samples: Any = 1) -> Any:
-        """The weighted sum of loss terms; records the unweighted terms.
+        """Returns the weighted sum of loss terms, and records the unweighted terms.
 
         Args:
-            values: name to the term's value for this batch, a scalar each; or all of them in one
-                tensor of shape `(K,)`, in the order of `outputs`. In replicas of TensorFlow's,
-                divided by their number, as Keras's losses are there.
-            samples: how much the batch counts in the epoch's average. With the number of its
-                samples, an epoch's last, smaller batch counts as in Keras's own losses.
+            values: Dict of name to the term's value in this batch, a scalar. Or one tensor of shape
+                `(K,)`, in the order of `outputs`. In TensorFlow replicas, divide each by their
+                number, as Keras does with its losses.
+            samples: How much the batch counts in the epoch's average. Pass the number of its
+                samples to count a smaller last batch as Keras's own losses do.
 
         Returns:
-            A scalar tensor of `floatx` or a wider dtype.
+            A scalar tensor of dtype `floatx` or wider.
 
         Raises:
-            ValueError: if `values` has other names than the callback or another shape, or a value
-                is not a scalar.
+            ValueError: If `values` has other names or another shape, or a value is not a scalar.
         """
         return self._combine(values, samples)
 
     def stateless_call(
         self, variables: Sequence[Any], y_true: Any, y_pred: Any, sample_weight: Any = None
     ) -> tuple[Any, list[Any]]:
-        """The same as a call, as a pure function: for `jax.jit` and the like.
+        """Does the same as a call, as a pure function, for example in `jax.jit`.
 
-        Throw the variables that it returns away to leave the record alone, as in validation.
+        To record nothing, for example in validation, discard the variables that it returns.
 
         Args:
-            variables: the values of `weighting.variables`, in order.
-            y_true: as in a call.
-            y_pred: as in a call.
-            sample_weight: as in a call.
+            variables: List of the values of `weighting.variables`, in order.
+            y_true: As in a call.
+            y_pred: As in a call.
+            sample_weight: As in a call.
 
         Returns:
-            The loss, and the new values of the variables.
+            Tuple of the loss and the list of new values of the variables.
 
         Raises:
-            ValueError: as in a call, or if `variables` are not as many as `weighting.variables`.
+            ValueError: As in a call, or if `variables` has the wrong length.
         """
         return self._stateless(variables, *self._terms(y_true, y_pred, sample_weight))
 
     def stateless_combine(
         self, variables: Sequence[Any], values: Any, samples: Any = 1
     ) -> tuple[Any, list[Any]]:
-        """The same as `combine`, as a pure function: for `jax.jit` and the like.
+        """Does the same as `combine`, as a pure function, for example in `jax.jit`.
 
         Args:
-            variables: the values of `weighting.variables`, in order.
-            values: as in `combine`.
-            samples: as in `combine`.
+            variables: List of the values of `weighting.variables`, in order.
+            values: As in `combine`.
+            samples: As in `combine`.
 
         Returns:
-            The loss, and the new values of the variables.
+            Tuple of the loss and the list of new values of the variables.
 
         Raises:
-            ValueError: as in `combine`, or if `variables` are not as many as `weighting.variables`.
+            ValueError: As in `combine`, or if `variables` has the wrong length.
         """
         return self._stateless(variables, values, samples)
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: a step of one's own may call it on all metrics."""
+        """Does nothing. A custom step may call it on all metrics."""
 
     def result(self) -> dict[str, Any]:
-        """The averages of the unweighted losses."""
+        """Returns the averages of the recorded losses, by `<name>_loss`."""
         return self._weights.result()
 
     def reset_state(self) -> None:
-        """Forgets the losses, not the weights."""
+        """Clears the recorded losses, not the weights."""
         self._weights.reset_state()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:

@@ -1,4 +1,4 @@
-"""Dynamic Weight Average, as a rule for the loss weights."""
+"""Dynamic Weight Average as a rule for the loss weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,37 +13,36 @@ from keras_dwa._loss_weighting import LossWeighting
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
 class DynamicWeightAverage(LossWeighting):
-    """Weights the losses of a multi-output model by how fast each of them falls.
+    """Callback that weights each loss by how fast it falls: Dynamic Weight Average (DWA).
 
-    At the end of each epoch, Dynamic Weight Average gives output k the factor
+    At the end of each epoch, output k gets the factor
 
         lambda_k(t) = K * exp(r_k(t-1) / T) / sum_i exp(r_i(t-1) / T)
         r_k(t-1) = L_k(t-1) / L_k(t-2)
 
     where
 
-    - `L_k(t)` is the output's unweighted loss averaged over epoch t;
-    - `r_k(t-1)` is its relative descending rate, small where the loss falls fast;
+    - `L_k(t)` is the output's unweighted loss, averaged over epoch t;
+    - `r_k(t-1)` is its relative descending rate, small if the loss falls fast;
     - `T` is the temperature: the larger, the more uniform the factors;
-    - `K` is the number of outputs, which the factors sum to. For the first two epochs each is 1.
+    - `K` is the number of outputs. The factors sum to `K`, and are 1 for the first two epochs.
 
-    A base weight `b_k` multiplies it: the weight of output k's loss is `b_k * lambda_k`.
+    The weight of output k is `b_k * lambda_k`, with its base weight `b_k`.
 
-    An average that is NaN or infinite leaves its epoch out of the rates, and one that rises from 0
-    has no rate: the factors stay, with a warning. See `LossWeighting` for what the callback logs,
-    what to monitor, and how its state is saved.
+    If an average is NaN or infinite, its epoch is left out of the rates. A loss that was 0 before
+    and is not 0 now has no rate. In both cases the factors stay, with a warning. See
+    `LossWeighting` for what the callback logs, what to monitor, and how its state is saved.
 
     Args:
-        outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
-            sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence).
-        temperature: `T`, a finite number > 0, 2.0 in the paper. It may be assigned later: the
-            factors follow at the end of the epoch.
-        update_freq: "epoch", or a number of batches > 0, in the place of an epoch: `L_k(t)` is then
-            the average over the t-th window of that many batches.
+        outputs: Names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
+            sequence, or a dict of name to base weight (a finite number > 0; 1 for a sequence).
+        temperature: `T`, a finite number > 0. The paper uses 2.0.
+        update_freq: `"epoch"`, or a number of batches > 0 (a window). With windows, `L_k(t)` is the
+            average over window t instead of epoch t.
         verbose: 0 or 1. 1 prints the new weights at the end of each epoch.
 
     Raises:
-        ValueError: if a name, a base weight, the temperature or `update_freq` is not as described.
+        ValueError: If an argument is invalid.
 
     Examples:
         >>> import keras, numpy as np
@@ -80,7 +79,7 @@ class DynamicWeightAverage(LossWeighting):
 
     @property
     def temperature(self) -> float:
-        """`T`, a finite number > 0; assigning anything else raises a ValueError."""
+        """Temperature `T`, a finite number > 0. A new value counts at the end of the epoch."""
         return self._temperature
 
     @temperature.setter

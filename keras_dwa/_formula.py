@@ -11,9 +11,9 @@ from numpy.typing import ArrayLike, NDArray
 def dwa_weights(
     previous: ArrayLike, before_previous: ArrayLike, temperature: float = 2.0
 ) -> NDArray[np.float64]:
-    r"""Weights of K losses from how fast each of them fell over two epochs.
+    """Computes the Dynamic Weight Average of K losses from their last two epochs.
 
-    Dynamic Weight Average gives the loss that falls slowest the largest weight:
+    The slower a loss falls, the larger its weight:
 
         lambda_k(t) = K * exp(r_k(t-1) / T) / sum_i exp(r_i(t-1) / T)
         r_k(t-1) = L_k(t-1) / L_k(t-2)
@@ -21,31 +21,28 @@ def dwa_weights(
     where
 
     - `L_k(t)` is loss k averaged over epoch t, before any weighting;
-    - `r_k(t-1)` is the relative descending rate of loss k, small where it falls fast;
+    - `r_k(t-1)` is its relative descending rate, small if the loss falls fast;
     - `T` is the temperature: the larger, the more uniform the weights;
-    - `K` is the number of losses, which the weights sum to.
+    - `K` is the number of losses, and the sum of the weights.
 
-    A loss that is 0 in both epochs is done: its rate is 1, the rate of a loss that stays as it is.
-
-    Rates and their differences are computed exactly, as ratios of integers, so that none overflows,
-    however large: the weights are always finite, never negative, and sum to K.
+    A loss that is 0 in both epochs has the rate 1, like any loss that does not change. Rates are
+    exact ratios of integers and cannot overflow, so the weights are always finite and >= 0.
 
     Args:
-        previous: the averages of the last epoch, `L_k(t-1)`. Shape `(K,)`, any real dtype.
-        before_previous: the averages of the epoch before it, `L_k(t-2)`, in the same order.
+        previous: Averages of the last epoch, `L_k(t-1)`. Shape `(K,)`, any real dtype.
+        before_previous: Averages of the epoch before, `L_k(t-2)`, in the same order.
         temperature: `T`, a finite number > 0. The paper uses 2.0.
 
     Returns:
         The weights `lambda_k(t)`: a float64 array of shape `(K,)`.
 
     Raises:
-        ValueError: if the averages are not two finite vectors of one length, if an average was 0
-            and no longer is (its rate does not exist), or if `temperature` is not a finite
-            number > 0.
+        ValueError: If the averages are not two finite vectors of the same length, if a loss was 0
+            before and is not 0 now (it has no rate), or if `temperature` is invalid.
 
     Examples:
         >>> from keras_dwa import dwa_weights
-        >>> dwa_weights([0.5, 0.9], [1.0, 1.0])  # The second loss fell less: it gets more weight.
+        >>> dwa_weights([0.5, 0.9], [1.0, 1.0])  # The second loss fell less: more weight.
         array([0.90033201, 1.09966799])
 
     Reference:

@@ -1,4 +1,4 @@
-"""A schedule, as a rule for the loss weights: factors that follow the epoch."""
+"""A rule that sets factors by a schedule of the epoch."""
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -15,33 +15,32 @@ Schedule = Callable[..., Mapping[str, float] | None]
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
 class LossWeightScheduler(LossWeighting):
-    """Moves the loss weights by a function of the epoch, like Keras's `LearningRateScheduler`.
+    """Callback that sets the loss weights by a function of the epoch.
 
-    It is called at the start of each epoch for the factors of that epoch: to anneal a term, to ramp
-    one up, to train in phases. See `LossWeighting` for what the callback logs, what to monitor, and
-    how its state is saved.
+    Like Keras's `LearningRateScheduler`, it calls `schedule` at the start of each epoch, for
+    example to anneal a term, to ramp one up, or to train in phases. See `LossWeighting` for what
+    the callback logs, what to monitor, and how its state is saved.
 
-    In a loop without `fit`, the factors of epoch 0 hold from the start, and `step` goes on to those
-    of the next epoch.
+    In a custom loop, the weights start with the factors of epoch 0. Each `step` sets those of the
+    next epoch.
 
     Args:
-        outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
-            sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence).
-        schedule: a function of the epoch, from 0; or `schedule(epoch, factors)`, which also gets
-            the factors of the epoch before, a dict of floats by output name. It returns output name
-            to factor, a finite number >= 0; names left out keep theirs. None if all do. Where an
-            epoch begins twice, as after a resume within it, it gets the same factors again.
-        update_freq: "epoch", or a number of batches > 0. Instead of the epoch, `schedule` then gets
-            the number of batches that were trained, divided by `update_freq` and rounded down.
+        outputs: Names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
+            sequence, or a dict of name to base weight (a finite number > 0; 1 for a sequence).
+        schedule: Function `schedule(epoch)` or `schedule(epoch, factors)`. `epoch` counts from 0;
+            `factors` is a dict of output name to the previous epoch's factor. It returns a dict of
+            output name to factor, a finite number >= 0. Outputs left out keep theirs; `None` keeps
+            all. If an epoch starts twice, as when a run resumes within it, `factors` is the same.
+        update_freq: `"epoch"`, or a number of batches > 0 (a window). With windows, `schedule` gets
+            the number of trained batches divided by `update_freq`, rounded down, as `epoch`.
         verbose: 0 or 1. 1 prints the weights at the start of each epoch.
 
     Raises:
-        ValueError: if a name, a base weight or `update_freq` is not as described, if `schedule`
-            cannot be called, or if it returns anything else.
+        ValueError: If an argument, or what `schedule` returns, is invalid.
 
     Examples:
         >>> from keras_dwa import LossWeightScheduler
-        >>> def anneal(epoch, factors):
+        >>> def anneal(epoch):
         ...     return {"kl": min(1.0, epoch / 10)}
         >>> annealing = LossWeightScheduler({"reconstruction": 1.0, "kl": 4.0}, anneal)
         >>> annealing.factors
@@ -69,7 +68,11 @@ class LossWeightScheduler(LossWeighting):
         self._begin(0)
 
     def get_config(self) -> dict[str, Any]:
-        """As in `LossWeighting.get_config`; a ValueError if Keras could not load `schedule`."""
+        """Returns the constructor's arguments, as `LossWeighting.get_config`.
+
+        Raises:
+            ValueError: If `schedule` is not registered with Keras, so that it could not be loaded.
+        """
         schedule = self.schedule
         registered = schedule if inspect.isfunction(schedule) else type(schedule)
         name = keras.saving.get_registered_name(registered)
@@ -88,7 +91,7 @@ class LossWeightScheduler(LossWeighting):
         super().on_epoch_begin(epoch, logs)
 
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
-        """The factors of the next window. (Those of an epoch are set as it begins.)"""
+        """Returns the factors for the next window. (Those for an epoch are set when it starts.)"""
         return self._scheduled(epoch + 1) if self._window_size else None
 
     def assign(self, factors: Mapping[str, float]) -> None:
@@ -101,17 +104,17 @@ class LossWeightScheduler(LossWeighting):
     def step(
         self, losses: Mapping[str, float] | None = None, *, all_ranks: bool = True
     ) -> dict[str, float]:
-        """Closes an epoch, and goes on to the factors of the next.
+        """Ends an epoch of a custom loop: sets the factors of the next epoch.
 
         Args:
-            losses: as in `LossWeighting.step`. The schedule needs none.
-            all_ranks: as in `LossWeighting.step`.
+            losses: As in `LossWeighting.step`, but never needed.
+            all_ranks: As in `LossWeighting.step`.
 
         Returns:
-            The weights by output name, as floats.
+            Dict of output name to new weight, a float.
 
         Raises:
-            RuntimeError: within `fit`, which does it itself; and as in `LossWeighting.step`.
+            RuntimeError: During `fit`, which does this itself, and as in `LossWeighting.step`.
         """
         check_no_fit(self._run is not None)
         epoch = int(self.state.get("epoch", -1)) + 1
@@ -120,6 +123,10 @@ class LossWeightScheduler(LossWeighting):
         return self._current()
 
     def reset(self) -> None:
+        """Starts again from the first epoch: the factors of epoch 0, no recorded losses.
+
+        Also empties `windows`. Keeps the scale of the base weights that `adapt` found.
+        """
         super().reset()
         self._begin(0)
 

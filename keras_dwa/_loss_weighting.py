@@ -37,12 +37,12 @@ from keras_dwa._sums import NewSums, TrackerSums
 
 @dataclass(frozen=True)
 class Window:
-    """A window of batches that is over.
+    """A completed window of batches, as listed in `LossWeighting.windows`.
 
     Attributes:
-        batches: how many it had.
-        losses: output name to unweighted loss, averaged over them.
-        weights: output name to the weight that the last of them had.
+        batches: The number of batches.
+        losses: Dict of output name to unweighted loss, averaged over the window.
+        weights: Dict of output name to the weight in the window's last batch.
     """
 
     batches: int
@@ -52,52 +52,53 @@ class Window:
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
 class LossWeighting(keras.callbacks.Callback):
-    """Moves the loss weights of a multi-output model while it trains, by a rule or by hand.
+    """Callback that moves the loss weights of a model while it trains.
 
-    The weight of an output's loss is its base weight, which says what is wanted in the end, times
-    its factor, 1 at first. Compile the model with `loss_weights=weighting.loss_weights` and pass
-    the callback to `fit`. The weights are variables that the compiled step reads, so that they move
-    without a new trace.
+    The weight of an output is its base weight times its factor. Base weights say how much each loss
+    should count in the end. Factors start at 1, and are what moves. Compile the model with
+    `loss_weights=weighting.loss_weights` and pass the callback to `fit`. The compiled step reads
+    the weights from variables, so Keras does not trace it again when they move.
 
-    Override `update` for a rule of your own: it gets the logs of each epoch and returns the factors
-    of the next. By itself it moves nothing: set factors by `assign`, say from another callback.
+    By itself, `LossWeighting` moves nothing. Set factors with `assign`, or override `update`, which
+    gets the logs of each epoch and returns the factors for the next.
 
-    After each epoch the callback adds to `logs`:
+    At the end of each epoch, the callback adds to `logs`:
 
-    - `<name>_weight`: the weight that the epoch's losses had, so that `loss` is the sum of
-      `<name>_weight * <name>_loss`, plus regularization. If it changed within the epoch, its mean
-      over the batches, each counted as in `loss`;
-    - `base_loss` and `val_base_loss`: the total loss under the base weights alone. Unlike
-      `val_loss` it does not move with the weights: it is the one to monitor. (In a graph of
-      TensorFlow, Keras averages the losses over batches, and so does `base_loss`.)
+    - `<name>_weight`: the weight in the epoch, so that `loss` is the sum of
+      `<name>_weight * <name>_loss`, plus regularization. If it moved during the epoch, its mean
+      over the batches, each counted as in `loss`.
+    - `base_loss` and `val_base_loss`: the total loss under the base weights. Monitor these: unlike
+      `val_loss`, they do not change when the weights move. (In a TensorFlow graph, Keras averages
+      each output's loss over batches, and `base_loss` does the same.)
 
-    Where the weights move within epochs, the logs of each batch have `<name>_weight`, too: that of
-    the batch. Callbacks that read these keys come after this one in the list.
+    If weights move within an epoch, the logs of each batch also have its `<name>_weight`. Put
+    callbacks that read these keys after this one.
 
-    A model that the callback has not seen starts afresh, with the factors assigned since an epoch
-    was last trained; a second `fit` of the same model goes on. One callback serves one model at a
-    time. `save_weights`, `ModelCheckpoint` and `BackupAndRestore` store factors and
-    `state` with the model's. Pickled between two epochs, the callback keeps them without its model,
-    and goes on with the first one that it is given. A copy is the callback itself: the model that
-    was compiled with its weights would not see those of another.
+    A second `fit` of the same model continues from the current weights. A new model starts from the
+    first epoch, with the factors that you assigned since the last trained epoch. Use one callback
+    for one model at a time.
+
+    `save_weights`, `ModelCheckpoint` and `BackupAndRestore` save factors and `state` with the
+    model. A pickled callback keeps them without the model. Once unpickled, it continues with the
+    first model that it gets. A copy is the callback itself, because the model reads this callback's
+    variables.
 
     Args:
-        outputs: the names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
-            sequence, or a dict of name to base weight (a finite number > 0; 1 in a sequence). The
-            loss of a nested output goes by its path, `"heads/depth"`.
-        update_freq: when `update` is asked in `fit`: "epoch", or a number of batches > 0. It then
-            gets the number of such windows that are over, from 0, and their losses alone. A window
-            goes on in the next epoch.
-        verbose: 0 or 1. 1 prints the weights that `update` sets at the end of each epoch.
+        outputs: Names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
+            sequence, or a dict of name to base weight (a finite number > 0; 1 for a sequence). A
+            nested output goes by its path, such as `"heads/depth"`.
+        update_freq: `"epoch"`, or a number of batches > 0 (a window): how often `fit` calls
+            `update`. With windows, `update` gets the index of the completed window, from 0, and
+            only its losses. A window can continue in the next epoch.
+        verbose: 0 or 1. 1 prints the weights that `update` sets at the end of each epoch, and the
+            base weights that `adapt` sets.
 
     Raises:
-        ValueError: if a name, a base weight or `update_freq` is not as described; from `fit`,
-            before the first step if the model was not compiled with these weights, after the first
-            two if its logs lack `<name>_loss`, and at the end of the first epoch whose weights
-            clearly differ from the base weights if the loss is still the sum under those, or under
-            none.
-        RuntimeError: from `fit`, if the callback is in another one at the same time, or was shown
-            no model.
+        ValueError: If an argument is invalid. `fit` raises it before the first step if the model
+            was not compiled with these weights, after two steps if the logs lack `<name>_loss`, and
+            at the end of an epoch if the weights have moved but the loss ignores them.
+        RuntimeError: From `fit`, if another `fit` uses the callback at the same time, or the
+            callback has no model.
 
     Examples:
         >>> import keras, numpy as np
@@ -158,6 +159,14 @@ class LossWeighting(keras.callbacks.Callback):
     # In the order in which Keras calls them.
 
     def set_model(self, model: keras.Model) -> None:
+        """Connects the callback to a model, as `fit` does. Call it before a `train_on_batch` loop.
+
+        Args:
+            model: A model compiled with these loss weights.
+
+        Raises:
+            ValueError: If `fit` would refuse the model.
+        """
         weights = self._weights
         plain = keras.callbacks.Callback()
         plain.set_model(model)
@@ -332,63 +341,71 @@ class LossWeighting(keras.callbacks.Callback):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The names of the outputs, as given."""
+        """Tuple of the output names, in the order given."""
         return self._weights.names
 
     @property
     def base_weights(self) -> Mapping[str, float]:
-        """The base weights by output name: those given, scaled once `adapt` was called."""
+        """Read-only dict of output name to base weight: as given, scaled if you called `adapt`."""
         return MappingProxyType(self._weights.by_name(self._weights.base_weights))
 
     @property
     def factors(self) -> dict[str, float]:
-        """What the base weights are multiplied by, by output name, in a new dict."""
+        """Dict of output name to current factor, a float. A copy: change factors with `assign`."""
         return self._weights.by_name(self._weights.state.factors)
 
     @property
     def loss_weights(self) -> dict[str, LossWeight]:
-        """The live weights by output name, in a new dict: for `compile(loss_weights=...)`.
+        """Dict of output name to live weight, for `compile(loss_weights=...)`.
 
-        `float` of a weight is its present value, at any time and in any thread.
+        Each weight is a read-only scalar variable of dtype `floatx`. `float(weight)` is its current
+        value, at any time and in any thread. A saved model holds plain floats instead.
         """
         return dict(self._weights.entries)
 
     @property
     def state(self) -> Any:
-        """What the rule remembers, name to array: empty at first, stored with the weights.
+        """The rule's memory: a dict of name to array, saved with the model's weights.
 
-        Only `update` may put something in.
+        It is empty at first. Only `update` can write to it, as `self.state[name] = array`.
         """
         memory = self._weights.state.memory
         return MappingProxyType(memory) if self._draft is None else self._draft
 
     @property
     def windows(self) -> list[Window]:
-        """The windows of batches that are over, the latest 1000, oldest first."""
+        """List of the completed windows of batches, oldest first: the latest 1000.
+
+        Each has `batches` (their number), `losses` (output name to unweighted average) and
+        `weights` (output name to the weight in its last batch).
+        """
         return list(self._windows)
 
     @property
     def variables(self) -> list[keras.Variable]:
-        """The weights, and what a `CompoundLoss` records: the state for its `stateless_call`."""
+        """List of the variables: the weights, shape `(K,)`, and what a `CompoundLoss` recorded.
+
+        `CompoundLoss.stateless_call` takes their values and returns new ones to assign.
+        """
         self._sync()
         return list(self._weights.variables)
 
     def assign(self, factors: Mapping[str, float]) -> None:
-        """Sets factors by output name; the next step uses them.
+        """Sets factors by output name, from the next step on.
 
-        Call it before `fit`; in `on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end` of
-        another callback, listed after this one and before those that write files; or in a loop of
-        your own (if that calls `train_on_batch`, call `set_model(model)` before it).
+        Call it before `fit`, in your own loop, or in `on_epoch_begin`, `on_train_batch_begin` or
+        `on_epoch_end` of a callback listed after this one and before those that write files. Before
+        a loop of `train_on_batch`, call `set_model(model)`.
 
         Args:
-            factors: output name to factor, a finite number >= 0; names left out keep theirs. 0
-                switches a loss off until another factor is assigned. (An optimizer's momentum still
-                moves the layers that it trained for a while.)
+            factors: Dict of output name to factor, a finite number >= 0. Outputs left out keep
+                theirs. 0 switches a loss off until you assign another factor. (An optimizer with
+                momentum still moves that loss's layers for a while.)
 
         Raises:
-            ValueError: if a name is not an output's, or a factor not as described.
-            RuntimeError: if called in another thread than that of the `fit` under way, as Keras
-                calls `on_train_batch_end` beside the next steps.
+            ValueError: If a name is not an output, or a factor is invalid.
+            RuntimeError: If called in another thread than a running `fit`. Keras may call
+                `on_train_batch_end` in another thread.
         """
         self._sync()
         new = _arguments.check_factors(factors, self.factors, self.base_weights, "`assign`")
@@ -406,39 +423,38 @@ class LossWeighting(keras.callbacks.Callback):
     ) -> None:
         """Scales the base weights so that each loss starts with its share of the total.
 
-        The base weight `b_k` of a loss that is `L_k` on average becomes `b_k / L_k`, times a number
-        that keeps their sum. From then on, these are the base weights: of `base_loss`, and of every
-        rule. The given ones stay in `get_config`. The scale is stored with the factors; neither a
-        `reset` nor another model ends it, but adapting again does.
+        A loss with base weight `b_k` and average `L_k` gets the base weight `b_k / L_k`, times a
+        constant that keeps the sum of the base weights. Rules and `base_loss` use the new base
+        weights. The scale is saved with the factors. It survives `reset` and a change of model,
+        until you call `adapt` again. `get_config` keeps the base weights as given.
 
         Call it after `compile`, before `fit` or between two:
 
             weighting.adapt(model, x, y)
             model.fit(x, y, callbacks=[weighting])
 
-        It may help where losses of the same importance differ in scale: compare with equal weights.
-        Do not use it
+        It can help if losses of the same importance differ in scale. Compare with equal weights. Do
+        not use it:
 
-        - for a penalty, such as a KL divergence, which is not meant to have a share: give it a
-          number or a schedule;
+        - for a penalty, such as a KL divergence: use a number or a schedule;
         - for regressions in raw units: scale the targets instead;
-        - for losses that may be negative or end at 0.
+        - for losses that can be negative or end at 0.
 
         Args:
-            model: a model compiled with the weights, or with a compound loss that `evaluate` uses.
-                One `evaluate` of it finds the losses; its parameters, metrics and seeds stay as
-                they are. Or a dict of output name to average loss, for other loops.
-            x: as in `evaluate`.
-            y: as in `evaluate`.
-            all_ranks: False for ranks of torch's that train different models. The averages are
-                otherwise those over all ranks, and every rank must call it; averages that are given
-                must be the same on each.
-            **evaluate: more arguments of `evaluate`: `batch_size`, `sample_weight`, `steps`, ...
+            model: A model compiled with the weights, or with a compound loss that `evaluate` uses.
+                It is evaluated once; its parameters, metrics and seeds do not change. Or a dict of
+                output name to average loss.
+            x: As in `evaluate`.
+            y: As in `evaluate`.
+            all_ranks: Whether to average over all torch ranks, which must then all call `adapt`
+                (with equal averages, if you pass a dict). Use `False` if ranks train different
+                models.
+            **evaluate: Other arguments of `evaluate`, such as `batch_size` or `sample_weight`.
 
         Raises:
-            ValueError: if a loss is not finite and > 0, or its base weight would not be finite and
-                > 0; if a name is not an output's, or the model not as `fit` needs it.
-            RuntimeError: if the ranks differ.
+            ValueError: If a loss or a new base weight is not finite and > 0, a name is not an
+                output, or `fit` would refuse the model.
+            RuntimeError: If the ranks differ.
         """
         self._sync()
         weights = self._weights
@@ -466,48 +482,48 @@ class LossWeighting(keras.callbacks.Callback):
             _logs.print_base_weights(type(self).__name__, base_weights, by_name)
 
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
-        """The factors of the next epoch: the method to override. By itself it moves nothing.
+        """Returns the factors for the next epoch. Override it to write your own rule.
 
-        What it puts into `self.state` is kept if it returns, and dropped if it raises.
+        The default moves nothing. Changes to `self.state` are dropped if the method raises an
+        error.
 
         Args:
-            epoch: the epoch that ends, from 0; with `update_freq` in batches, the window.
-            logs: `<name>_loss` for each output, its unweighted loss averaged over the epoch or
-                window; after an epoch of `fit`, all else that its logs have, `val_<name>_loss` and
-                metrics, too.
+            epoch: Index of the epoch that ends, from 0. With windows, index of the window.
+            logs: Dict with `<name>_loss` of each output: its unweighted loss, averaged over the
+                epoch or window. After an epoch of `fit`, it also has the other logs, such as
+                `val_<name>_loss` and metrics.
 
         Returns:
-            Output name to factor, a finite number >= 0; names left out keep theirs. None if all do.
+            Dict of output name to factor, a finite number >= 0. Outputs left out keep theirs;
+            `None` keeps all.
         """
         return None
 
     def step(
         self, losses: Mapping[str, float] | None = None, *, all_ranks: bool = True
     ) -> dict[str, float]:
-        """Closes an epoch: moves the weights by the averages of its losses.
+        """Ends an epoch of a custom loop: moves the weights by the epoch's average losses.
 
-        `on_epoch_end` does the same; call it yourself only in a loop without `fit`. If that loop
-        calls `train_on_batch`, call `set_model(model)` before it, as `fit` does: the model then
-        hands the weights to its compiled step. Each `train_on_batch` forgets what was recorded
-        before it, so give `step` averages of your own there. Call `step` before `evaluate`, which
-        records, too.
+        `fit` does this itself. Call `step` before `evaluate`, which also records losses. Before a
+        loop of `train_on_batch`, call `set_model(model)`. Each `train_on_batch` clears what was
+        recorded, so pass `losses` there.
 
-        In a process group of torch's, as for `DistributedDataParallel`, every rank must call it:
-        the averages are those over all ranks, in one all-reduce, and so all have the same weights.
+        In a torch process group, all ranks must call it. It averages over them in one all-reduce,
+        so that all have the same weights.
 
         Args:
-            losses: output name to the unweighted loss averaged over the epoch, a scalar each; over
-                all ranks, the same on each. Without it, the averages that a `CompoundLoss` recorded
-                since the last `step`; where there are none, nothing happens.
-            all_ranks: False for ranks that train different models: nothing of the others counts.
+            losses: Dict of output name to unweighted loss averaged over the epoch (and over all
+                ranks), a scalar. If omitted, uses what a `CompoundLoss` recorded since the last
+                `step`. If nothing was recorded, nothing happens.
+            all_ranks: Use `False` if torch ranks train different models.
 
         Returns:
-            The weights by output name, as floats.
+            Dict of output name to new weight, a float.
 
         Raises:
-            ValueError: if `losses` has other names than `outputs`, or a value is not a scalar.
-            RuntimeError: if it would close an epoch of a `fit` that trains by a `CompoundLoss`; if
-                only some ranks recorded anything, or their factors, epochs or `losses` differ.
+            ValueError: If `losses` has other names than `outputs`, or a value is not a scalar.
+            RuntimeError: If a `fit` with a `CompoundLoss` is running, if only some ranks recorded
+                losses, or if their outputs, factors, epochs or `losses` differ.
         """
         self._sync()
         weights = self._weights
@@ -535,9 +551,9 @@ class LossWeighting(keras.callbacks.Callback):
         return self._current()
 
     def reset(self) -> None:
-        """Goes back to the first epoch: the base weights, an empty `state`, nothing recorded.
+        """Starts again from the first epoch: factors 1, empty `state`, no recorded losses.
 
-        The scale of the base weights that `adapt` found stays.
+        Also empties `windows`. Keeps the scale of the base weights that `adapt` found.
         """
         self._sync()
         self._weights.reset()
@@ -545,9 +561,9 @@ class LossWeighting(keras.callbacks.Callback):
         self._windows.clear()
 
     def get_config(self) -> dict[str, Any]:
-        """What makes the same weighting anew, for Keras to save; the model's weights have the rest.
+        """Returns the arguments that Keras saves. The model's weights hold everything else.
 
-        A rule with arguments of its own adds them, and is registered by
+        If your rule has its own arguments, add them, and register the class with
         `keras.saving.register_keras_serializable`.
         """
         given = self._weights.by_name(self._weights.given)

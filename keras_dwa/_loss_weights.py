@@ -18,10 +18,10 @@ from keras_dwa._loss_record import LossRecord, to_numpy
 
 @keras.saving.register_keras_serializable(package="keras_dwa")
 class LossWeight(keras.Variable):
-    """The weight of one output's loss: a read-only scalar of dtype `floatx`, an entry of a vector.
+    """The weight of one output's loss: a read-only scalar variable of dtype `floatx`.
 
     Keras accepts it in `compile(loss_weights=...)` and multiplies the loss by its current value. A
-    saved model holds that value as a plain float, so that it loads as an ordinary compiled model.
+    saved model holds that value as a plain float, so it loads as an ordinary compiled model.
     """
 
     def __init__(self, vector: keras.Variable, index: int, output: str) -> None:

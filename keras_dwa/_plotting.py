@@ -1,4 +1,4 @@
-"""The picture of a training run."""
+"""The plot of a training run."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -15,40 +15,40 @@ def plot_history(
     weighting: LossWeighting | None = None,
     validation_freq: int | Collection[int] = 1,
 ) -> "Figure":
-    """Draws how the losses of a run fell, and how their weights moved.
+    """Plots the losses and loss weights of a training run.
 
-    At the top are `base_loss` and `val_base_loss`, if the history has them. Below, each output has
-    a row, and all rows have the same scales:
+    The top panel shows `base_loss` and `val_base_loss`, if the history has them. Below, each output
+    has a row, with the same scales in all rows:
 
-    - its unweighted loss relative to its first epoch, so that outputs of different scale compare:
-      training and validation are both divided by the first loss in training that is finite and not
-      0 (in validation, if training has none), without its sign. The axis is logarithmic if all are
-      positive and two powers of 10 lie among them;
-    - its weight in each epoch, and where weights are uniform;
-    - if `weighting` has windows, its weight over their batches, from the first of the latest 1000.
+    - Its unweighted loss, relative to its first epoch, so that outputs of different scale can be
+      compared. Training and validation are both divided by the magnitude of the first training loss
+      that is finite and not 0 (or else the first such validation loss). The axis is logarithmic if
+      all values are positive and span two powers of 10.
+    - Its weight in each epoch, with a line where weights are uniform.
+    - If `weighting` has windows, its weight over the batches of the latest 1000.
 
     Epochs count from 1, as Keras prints them. A value that is not finite leaves a gap.
 
-    matplotlib comes with `pip install "keras_dwa[plot]"`. pyplot is not used: nothing but a
-    notebook shows the figure, and nothing keeps it in memory.
+    This needs matplotlib (`pip install matplotlib`). It does not use pyplot: a notebook shows the
+    figure, and a script saves it.
 
     Args:
-        history: what `fit` returned, or the dict in it; the path of a file that a `CSVLogger`
-            wrote, listed after the weighting in `callbacks`; or a data frame with such columns.
-        weighting: the callback that moved the weights. They are then drawn relative to its present
-            base weights, and are uniform at 1; without it, they are as logged, and uniform at 1 if
-            base weights are. Its windows may be of several calls of `fit`.
-        validation_freq: as given to `fit`, where `history` is what that returned, or the dict:
-            those do not tell which epochs were validated.
+        history: What `fit` returned, or its dict; the path of a `CSVLogger` file (list the logger
+            after the weighting in `callbacks`); or a data frame with the same columns.
+        weighting: The callback that moved the weights. If given, weights are divided by its current
+            base weights, so that uniform is 1. If not, they are plotted as logged. Its windows can
+            come from several calls of `fit`.
+        validation_freq: As passed to `fit`. Only a `history` from `fit`, or its dict, needs it,
+            because it does not say which epochs were validated.
 
     Returns:
         A `matplotlib.figure.Figure`.
 
     Raises:
-        ImportError: if matplotlib is not installed.
-        TypeError: if `history` or `weighting` is none of these.
-        ValueError: if `history` has no epochs, lacks the weights or losses of outputs, or has more
-            or fewer values of one than epochs.
+        ImportError: If matplotlib is not installed.
+        TypeError: If `history` or `weighting` has another type.
+        ValueError: If `history` has no epochs, lacks weights or losses of outputs, or has a column
+            with more or fewer values than epochs.
 
     Examples:
         >>> from keras_dwa import plot_history
@@ -58,7 +58,7 @@ def plot_history(
         ...     "depth_weight": [1.0, 1.0, 0.93],
         ...     "normals_weight": [1.0, 1.0, 1.07],
         ... }
-        >>> figure = plot_history(history)  # Then, say, figure.savefig("history.png")
+        >>> figure = plot_history(history)  # figure.savefig("history.svg") saves it.
         >>> loss, weight, *_ = figure.axes
         >>> loss.get_ylabel(), loss.get_title(), weight.get_title()
         ('depth', 'loss (first epoch = 1)', 'weight')
