@@ -1,5 +1,6 @@
 """`nox` runs what a change must pass, `nox -s quick` a part, `nox -s deep` the rest."""
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -149,7 +150,7 @@ def deep(session):
         session.notify(f"rest(backend='{backend}')")
     for backend in OLDEST:
         session.notify(f"oldest(backend='{backend}')")
-    for name in ("coverage", "docs", "package"):
+    for name in ("coverage", "docs", "package", "readme"):
         session.notify(name)
 
 
@@ -195,13 +196,24 @@ def coverage(session):
 
 @nox.session(default=False)
 def package(session):
-    """What would be published: built, and shown as it would be."""
+    """What would be published: built, and shown as it would be. `-- FOLDER` keeps it there."""
     install(session, "build", "twine")
-    session.run("python", "-m", "build", "--outdir", session.create_tmp(), silent=True)
-    (wheel,) = Path(session.create_tmp()).glob("*.whl")
-    session.run("twine", "check", "--strict", *map(str, wheel.parent.glob("keras_dwa*")))
+    folder = Path(*session.posargs or [session.create_tmp()])
+    session.run("python", "-m", "build", "--outdir", folder, silent=True)
+    (wheel,) = folder.glob("*.whl")
+    session.run("twine", "check", "--strict", *map(str, folder.glob("keras_dwa*")))
     if "keras_dwa/py.typed" not in zipfile.ZipFile(wheel).namelist():
         session.error(f"{wheel} lacks py.typed")
+
+
+@nox.session(default=False)
+def readme(session):
+    """What a newcomer does: the README's commands, then its code, in a new environment."""
+    blocks = re.findall(r"```(\w+)\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
+    commands, *_ = (block for language, block in blocks if language == "sh")
+    script = Path(session.create_tmp(), "readme.py")
+    script.write_text("\n".join(block for language, block in blocks if language == "python"))
+    session.run("bash", "-euc", f"{commands}\npython {script}", external=True)
 
 
 @nox.session(default=False)

@@ -1,11 +1,18 @@
-"""A process that has not imported the package yet."""
+"""The package as a whole: what an import brings in, its version, its pages."""
 
+import importlib.metadata
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import keras
 import pytest
 from processes import succeeds
+
+ROOT = Path(__file__).parent.parent
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="one backend is enough")
 
@@ -39,3 +46,22 @@ def test_process_without_the_package_gets_the_model_uncompiled(tmp_path):
     train(model, DynamicWeightAverage(["easy", "hard"]), epochs=1)
     model.save(tmp_path / "model.keras")
     assert succeeds(load_without_the_package, tmp_path / "model.keras")
+
+
+@pytest.mark.parametrize(
+    ("file", "pattern"),
+    [
+        ("CHANGELOG.md", r"^(?:## \[|Will be )(\d+\.\d+\.\d+)"),
+        ("CITATION.cff", r"^version: (.*)$"),
+        ("keras_dwa/__init__.py", r'^__version__ = "(.*)"$'),
+    ],
+)
+def test_version_is_the_same_everywhere(file, pattern):
+    latest, *_ = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
+    assert latest == importlib.metadata.version("keras_dwa")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_and_output_fit_on_the_page(page):
+    blocks = re.findall(r"^```.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    assert [line for line in "\n".join(blocks).splitlines() if len(line) > 80] == []

@@ -28,6 +28,7 @@ sys.path.append(str(ROOT / "examples"))
 from digits import TASKS, build_model, rotated_digits  # noqa: E402
 
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0)
+NO_DATE = {"Date": None}
 COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 
@@ -66,7 +67,10 @@ def photograph_tensorboard(folder, path):
     server = subprocess.Popen([*command, "--load_fast=false"], stderr=subprocess.DEVNULL)
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for argument in ("headless", "no-sandbox", "window-size=1900,820", "hide-scrollbars"):
+    for argument in (
+        *("headless", "no-sandbox", "window-size=1900,660", "hide-scrollbars"),
+        "force-device-scale-factor=2",
+    ):
         options.add_argument(f"--{argument}")
     browser = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:
@@ -96,11 +100,11 @@ def main():
     PICTURES.mkdir(exist_ok=True)
     folder = tempfile.mkdtemp()
     histories = {temperature: train(temperature, folder) for temperature in TEMPERATURES}
-    draw_temperatures(histories).savefig(PICTURES / "temperatures.png", dpi=110)
-    keras_dwa.plot_history(histories[2.0]).savefig(PICTURES / "history.png", dpi=110)
+    draw_temperatures(histories).savefig(PICTURES / "temperatures.svg", metadata=NO_DATE)
+    figure = keras_dwa.plot_history(histories[2.0])
+    figure.savefig(PICTURES / "history.svg", metadata=NO_DATE)
     photograph_tensorboard(f"{folder}/2.0", PICTURES / "tensorboard.png")
-    for path in PICTURES.glob("*.png"):
-        shrink(path)
+    shrink(PICTURES / "tensorboard.png")
 
 
 if __name__ == "__main__":

@@ -147,12 +147,14 @@ def metric_table(results):
 def draw(families, draw_panel):
     """A figure with a panel for each family, which `draw_panel(panel, of_family)` fills."""
     rows = -(-len(families) // 2)
-    figure = Figure((10, 2 + 2.3 * rows), layout="constrained")
+    figure = Figure((10, 2 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False).flat
-    for panel, (name, of_family) in zip(panels, families.items(), strict=False):
+    for (name, of_family), panel in zip(families.items(), panels, strict=False):
         panel.set_title(name)
         panel.grid(alpha=0.3)
         draw_panel(panel, of_family)
+    for empty in panels:
+        empty.remove()
     return figure
 
 
@@ -219,4 +221,4 @@ def write(all_results, backends, pages, pictures):
         "curves": draw(comparable, draw_curves),
         "weights": draw(all_results, draw_weights),
     }.items():
-        figure.savefig(pictures / f"evidence_{name}.png", dpi=75)
+        figure.savefig(pictures / f"evidence_{name}.svg", metadata={"Date": None})
