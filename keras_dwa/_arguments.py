@@ -1,4 +1,4 @@
-"""Every check of what a weighting is given, and its message."""
+"""Checks of what a weighting is given, with their messages."""
 
 import math
 import numbers
@@ -16,7 +16,7 @@ from keras_dwa._loss_weights import as_float
 
 
 def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
-    """The base weights by output name, or a ValueError."""
+    """Returns the base weights by output name, or raises a ValueError."""
     if isinstance(outputs, str) or not isinstance(outputs, (Sequence, Mapping)):
         raise ValueError(
             "`outputs` must be a sequence of output names, or a dict of name to base weight. "
@@ -33,7 +33,7 @@ def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, flo
     base_weights = outputs if isinstance(outputs, Mapping) else dict.fromkeys(names, 1.0)
     smallest, largest = floatx_range()
     for name, base_weight in base_weights.items():
-        # Most rules have factors up to the number of outputs.
+        # The factors of most rules reach the number of outputs.
         if not is_positive(base_weight) or not smallest <= base_weight <= largest / len(names):
             raise ValueError(
                 "A base weight must be a finite number > 0, well within the range of "
@@ -46,7 +46,7 @@ def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, flo
 
 
 def check_update_freq(update_freq: Any) -> Any:
-    """`update_freq`, or a ValueError if it is neither "epoch" nor a number of batches."""
+    """Returns `update_freq`, or raises a ValueError."""
     is_number = isinstance(update_freq, numbers.Integral) and not isinstance(update_freq, bool)
     if update_freq != "epoch" and not (is_number and update_freq > 0):
         raise ValueError(
@@ -59,13 +59,13 @@ def check_update_freq(update_freq: Any) -> Any:
 def check_factors(
     found: Any, present: Mapping[str, float], base_weights: Mapping[str, float], source: str
 ) -> Vector:
-    """The factors with those found in place of the present ones, or a ValueError.
+    """Returns the present factors, updated by those found, or raises a ValueError.
 
     Args:
         found: a mapping of output name to factor.
         present: output name to factor.
         base_weights: output name to base weight.
-        source: who gave `found`, for the message.
+        source: where `found` comes from, for the message.
     """
     if not isinstance(found, Mapping):
         raise ValueError(f"{source}: expected a dict of name to factor. Found {found!r}.")
@@ -86,7 +86,7 @@ def check_factors(
 
 
 def check_losses(losses: Mapping[str, Any], names: Sequence[str], method: str) -> Vector:
-    """The averages given to a method, in the order of `names`: float64, shape `(K,)`."""
+    """Returns the averages passed to a method in the order of `names`: float64, shape `(K,)`."""
     if set(losses) != set(names):
         raise ValueError(
             f"`{method}` needs one loss for each of {list(names)}. Found {list(losses)}."
@@ -114,12 +114,12 @@ def check_scale(losses: Mapping[str, float]) -> None:
 
 
 def check_memory(memory: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What a rule keeps as arrays that a file can have, or a ValueError."""
+    """Returns what a rule remembers as arrays that can be saved, or raises a ValueError."""
     arrays = {}
     for name, value in memory.items():
         try:
             arrays[name] = np.asarray(value)
-        except ValueError:  # Of lists of different lengths.
+        except ValueError:  # Lists of different lengths.
             arrays[name] = np.array(None)
     for name, array in arrays.items():
         if not isinstance(name, str) or array.dtype.kind not in "biufc":

@@ -1,4 +1,4 @@
-"""How a compound loss computes: by `keras.ops`, or quicker, chosen once by the backend."""
+"""How a compound loss computes: with `keras.ops`, or faster on some backends."""
 
 import sys
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Backend:
-    """By `keras.ops` alone, on any backend and in a compiled step."""
+    """Uses `keras.ops` only: works on every backend and in a compiled step."""
 
     def combine(self, weights: Any, terms: Any, names: Sequence[str]) -> tuple[Any, Any]:
         """The terms as one tensor, and their weighted sum.
@@ -19,13 +19,13 @@ class Backend:
         Args:
             weights: a tensor of shape `(K,)`.
             terms: a list of K scalars, or a tensor of shape `(K,)`.
-            names: what messages call the terms.
+            names: the names of the terms, for messages.
 
         Returns:
-            A tensor of shape `(K,)` and a scalar, of the dtype of `weights` or a wider one.
+            A tensor of shape `(K,)` and a scalar, of the dtype of `weights` or wider.
 
         Raises:
-            ValueError: if a shape is another one.
+            ValueError: if a shape is wrong.
         """
         if hasattr(terms, "shape"):
             losses = keras.ops.convert_to_tensor(terms)
@@ -37,7 +37,7 @@ class Backend:
             losses = keras.ops.cast(losses, widest_float(weights.dtype, losses.dtype))
         else:
             scalars = [keras.ops.convert_to_tensor(term) for term in terms]
-            # Keras's losses of a batch without samples are empty.
+            # Keras returns an empty loss for a batch without samples.
             scalars = [keras.ops.sum(s) if s.shape == (0,) else s for s in scalars]
             for name, scalar in zip(names, scalars, strict=True):
                 if scalar.shape != ():
@@ -51,18 +51,18 @@ class Backend:
         return losses, keras.ops.sum(weights * losses)
 
     def batch_sums(self, losses: Any, samples: Any, replicas: Any, dtype: str) -> Any:
-        """What a batch adds to each row of a record: the losses times the samples, and the samples.
+        """What a batch adds to each row of a record: losses times samples, then samples.
 
         Args:
-            losses: a tensor of shape `(K,)`, of any float dtype: this replica's part of the average
+            losses: a tensor of shape `(K,)` of any float dtype: this replica's part of the average
                 over the samples.
-            samples: how many they are: a number, or a scalar tensor.
-            replicas: how many take part.
-            dtype: that of the result, whose shape is `(K + 1,)`.
+            samples: the number of samples, a number or a scalar tensor.
+            replicas: the number of replicas.
+            dtype: the dtype of the result, whose shape is `(K + 1,)`.
         """
         losses = replicas * keras.ops.cast(keras.ops.stop_gradient(losses), dtype)
         row = keras.ops.concatenate([losses, keras.ops.ones((1,), dtype)])
-        # Not a number as a tensor: for each, `torch.compile` would compile again.
+        # Numbers stay numbers. As tensors, `torch.compile` would compile again for each.
         is_number = isinstance(samples, (int, float))
         return row * (samples if is_number else keras.ops.cast(samples, dtype))
 
@@ -81,12 +81,12 @@ class Backend:
         return values.astype(np.float64)
 
     def restored_random_state(self) -> AbstractContextManager[None]:
-        """Puts back the random state of what reads the data: none, where that only reads."""
+        """Restores the random state that reading the data changes. By default, it changes none."""
         return nullcontext()
 
 
 class JaxBackend(Backend):
-    """JAX, where an operation outside a compiled step takes far longer than within."""
+    """On JAX, operations outside a compiled step are slow."""
 
     def to_host(self, variables: Sequence[Any]) -> NDArray[np.float64]:
         values = sys.modules["jax"].device_get([variable.value for variable in variables])
@@ -94,7 +94,7 @@ class JaxBackend(Backend):
 
 
 class TorchBackend(Backend):
-    """torch, where a step runs eagerly and `keras.ops` take a multiple of torch's functions."""
+    """On torch, a step runs eagerly, and `keras.ops` are several times slower than torch itself."""
 
     def combine(self, weights: Any, terms: Any, names: Sequence[str]) -> tuple[Any, Any]:
         torch = sys.modules["torch"]
@@ -112,19 +112,19 @@ class TorchBackend(Backend):
             return
         sums = record.value
         row = torch.cat([losses.detach(), sums.new_ones(1)])
-        # Without a tensor of Python numbers, which makes a GPU's step wait.
+        # A tensor of Python numbers would make a GPU wait.
         if not isinstance(samples, int) or samples != 1:
             row = row.to(sums.dtype) * samples
         sums.add_(row)
 
     def restored_random_state(self) -> AbstractContextManager[None]:
-        # Whatever it shuffles, a `DataLoader` draws a seed.
+        # A `DataLoader` draws a seed, even if it does not shuffle.
         context: AbstractContextManager[None] = sys.modules["torch"].random.fork_rng(devices=[])
         return context
 
 
 def _stacked(terms: Any) -> Any:
-    """The terms as torch stacks them; None if they are not tensors of one shape, on one device."""
+    """The terms stacked by torch; None if they are not tensors of one shape and device."""
     torch = sys.modules["torch"]
     try:
         return terms if isinstance(terms, torch.Tensor) else torch.stack(terms)
@@ -133,13 +133,13 @@ def _stacked(terms: Any) -> Any:
 
 
 def _is_stateless() -> bool:
-    """Whether assigning to a variable leaves it as it is."""
+    """Whether Keras runs in a `StatelessScope`, where assigning does not change a variable."""
     with keras.StatelessScope(initialize_variables=False) as scope:
         return scope.original_scope is not None
 
 
 def unsharded() -> AbstractContextManager[None]:
-    """Variables made here are whole on each device, whatever patterns of `ModelParallel` fit."""
+    """Makes each device hold new variables whole, whatever `ModelParallel`'s layout map says."""
     distribution = keras.distribution.distribution()
     if not isinstance(distribution, keras.distribution.ModelParallel):
         return nullcontext()
@@ -152,7 +152,7 @@ def unsharded() -> AbstractContextManager[None]:
 
 
 def widest_float(*dtypes: Any) -> str:
-    """The dtype of a result of all these, as Keras has it, but float64 if any of them is."""
+    """The result dtype of all these as in Keras, but float64 if any of them is float64."""
     names = [keras.backend.standardize_dtype(dtype) for dtype in dtypes]
     return "float64" if "float64" in names else keras.backend.result_type(*names)
 
@@ -160,7 +160,7 @@ def widest_float(*dtypes: Any) -> str:
 def floatx_range() -> tuple[float, float]:
     """The smallest normal number > 0 and the largest number of `floatx`."""
     floatx = keras.config.floatx()
-    if floatx == "bfloat16":  # Which NumPy does not know.
+    if floatx == "bfloat16":  # NumPy does not know it.
         return 2.0**-126, float.fromhex("0x1.fep127")
     limits = np.finfo(floatx)
     return float(limits.tiny), float(limits.max)

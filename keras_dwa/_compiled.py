@@ -1,4 +1,4 @@
-"""What `compile` got: the losses, their weights, and what is wrong with them."""
+"""The losses and loss weights that `compile` got, and problems with them."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -26,12 +26,12 @@ def has_own(model: keras.Model, *methods: str) -> bool:
 
 
 def own_step(model: keras.Model) -> str:
-    """The method of `model` in which a compound loss would be called."""
+    """The method of `model` that should call a compound loss."""
     return "train_step" if has_own(model, "train_step") else "compute_loss"
 
 
 def lacks_compound_loss(model: keras.Model, has_record: bool) -> bool:
-    """Whether only a compound loss could bring the weights into the model's own step."""
+    """Whether the model's custom step needs a compound loss to use the weights."""
     return model.loss is None and not has_record and has_own(model, "train_step", "compute_loss")
 
 
@@ -40,8 +40,8 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
 
     Args:
         model: a compiled model.
-        entries: output name to weight, of the weighting that trains it.
-        has_record: whether there is a compound loss with that weighting.
+        entries: output name to weight, of the callback.
+        has_record: whether the callback has a compound loss.
     """
     loss, loss_weights = model.loss, compiled_loss_weights(model)
     output_names = _output_names(model, entries)
@@ -51,7 +51,7 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
         return problem
     if not is_compiled_with(model, entries):
         if has_record:
-            return None  # They may enter through a compound loss.
+            return None  # The compound loss may use them.
         if lacks_compound_loss(model, has_record):
             return _combine_call(model, entries)
         if loss is None:
@@ -91,9 +91,9 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
 
 
 def _compound_problem(model: keras.Model, entries: Entries) -> str | None:
-    """What is wrong with how `model` was compiled with a compound loss, if anything."""
+    """What is wrong with a compound loss that `model` was compiled with, if anything."""
     losses = dict(keras.tree.flatten_with_path(model.loss))
-    # No other loss is a metric, too.
+    # Only a compound loss is also a metric.
     paths = [path for path, loss in losses.items() if isinstance(loss, keras.metrics.Metric)]
     if not paths:
         return None
@@ -111,10 +111,10 @@ def _compound_problem(model: keras.Model, entries: Entries) -> str | None:
         )
     loss_weights = compiled_loss_weights(model)
     weights = dict(keras.tree.flatten_with_path(loss_weights))
-    # Of another structure, Keras would pair them by their order.
-    is_alike = () in paths or loss_weights is None or weights.keys() == losses.keys()
+    # If the structures differ, Keras pairs them by order.
+    has_structure = () in paths or loss_weights is None or weights.keys() == losses.keys()
     found = weights.values() if () in paths else map(weights.get, paths)
-    if not is_alike or not all(weight is None or _is_one(weight) for weight in found):
+    if not has_structure or not all(weight is None or _is_one(weight) for weight in found):
         return (
             "A compound loss weights its losses itself, so its own weight in `compile` must be 1. "
             f"Found `loss_weights={loss_weights}`. Write\n"
@@ -150,7 +150,7 @@ def _one_output_problem(model: keras.Model, entries: Entries, has_record: bool) 
 
 
 def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:
-    """What is wrong with how the losses of `model` are paired with our weights, if anything."""
+    """What is wrong with the pairing of losses and our weights, if anything."""
     loss, loss_weights = model.loss, compiled_loss_weights(model)
     losses, found = _by_path(model, loss), _by_path(model, loss_weights)
     names = {path: _path_name(path) for path, value in losses.items() if value is not None}
@@ -168,10 +168,12 @@ def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:
                 else "If a loss term is not an output, use a compound loss for all terms."
             )
         )
-    # Keras pairs other structures by their order, which is not the same on every backend.
-    is_alike = isinstance(loss, dict) == isinstance(loss_weights, dict)
-    is_alike = is_alike and found.keys() == losses.keys()
-    if not is_alike or any(found[p] is not entries[n] for p, n in names.items() if n in entries):
+    # If the structures differ, Keras pairs them by order, which depends on the backend.
+    has_structure = isinstance(loss, dict) == isinstance(loss_weights, dict)
+    has_structure = has_structure and found.keys() == losses.keys()
+    if not has_structure or any(
+        found[p] is not entries[n] for p, n in names.items() if n in entries
+    ):
         return (
             f"`loss_weights` must have the structure of `loss={loss}` and give each loss its own "
             f"weight, weighting.loss_weights[name]. Found `loss_weights={loss_weights}`."
@@ -180,7 +182,7 @@ def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:
 
 
 def _fixed(model: keras.Model, entries: Entries) -> dict[str, Any]:
-    """Output name to weight, of the losses that `compile` got a weight of the user's own for."""
+    """Output name to weight, for the losses with a weight that is not ours."""
     return {
         name: weight
         for path, weight in _by_path(model, compiled_loss_weights(model)).items()
@@ -191,7 +193,7 @@ def _fixed(model: keras.Model, entries: Entries) -> dict[str, Any]:
 def fixed_part(
     model: keras.Model, logs: Mapping[str, float], entries: Entries, prefix: str = ""
 ) -> float:
-    """What outputs with a weight of the user's own add to the loss; NaN if it is no number."""
+    """What outputs with a weight that is not ours add to the loss; NaN if it is not a number."""
     part = 0.0
     for name, weight in _fixed(model, entries).items():
         number = weight if isinstance(weight, (int, float)) else math.nan
@@ -202,12 +204,12 @@ def fixed_part(
 def known_rest(
     model: keras.Model, logs: Mapping[str, float], entries: Entries, prefix: str
 ) -> float | None:
-    """What the total loss has beside the losses under our weights; None if that is not known.
+    """The part of the total loss that we do not weight; None if it is unknown.
 
-    Weight regularization is that of the present parameters.
+    Regularization is computed from the current parameters.
     """
     regularized = [v for v in model.trainable_variables if v.regularizer is not None]
-    # What layers add in a step has no value outside of it.
+    # Losses that layers add in a step have no value outside it.
     has_more = len(model.losses) != len(regularized)
     fixed = fixed_part(model, logs, entries, prefix)
     if has_more or math.isnan(fixed) or has_own(model, "compute_loss", "train_step", "test_step"):
@@ -216,7 +218,7 @@ def known_rest(
 
 
 def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:
-    """What `structure` has for each output, by path; that of a list is the output's name."""
+    """The leaves of `structure` by path. For a list, the path is the output's name."""
     by_path = dict(keras.tree.flatten_with_path(structure))
     if isinstance(structure, (list, tuple)):
         return {(name,): by_path.get((k,)) for k, name in enumerate(model.output_names)}
@@ -224,7 +226,7 @@ def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:
 
 
 def _output_names(model: keras.Model, entries: Entries) -> list[str]:
-    """The outputs of `model` by the names that its losses have, as far as it knows them."""
+    """The names of the outputs of `model`, as far as it knows them."""
     if isinstance(model.loss, dict):
         return list(map(_path_name, _by_path(model, model.loss)))
     if not hasattr(model, "output_names"):
@@ -248,7 +250,7 @@ def _with_dots(names: Iterable[str]) -> str:
 
 
 def _combine_call(model: keras.Model, entries: Entries) -> str:
-    """The code for the terms of a `compute_loss` or `train_step` of the user's own."""
+    """What to write in a model with a custom `compute_loss` or `train_step`."""
     step = own_step(model)
     if step == "train_step" and keras.backend.backend() == "jax":
         step = "compute_loss`, which `train_step` calls through `self.stateless_compute_loss"

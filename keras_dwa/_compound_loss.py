@@ -64,7 +64,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         _check_names(losses, list(weighting.outputs))
         identifiers = dict(losses) if isinstance(losses, Mapping) else {}
         as_losses = {name: _as_loss(loss) for name, loss in identifiers.items()}
-        # A metric, too, since a model tracks those that are its attributes.
+        # Also a metric, because a model tracks metrics that are its attributes.
         super().__init__(name="compound_loss")
         self._weighting, self._weights = weighting, weighting._weights
         self._record = self._weights.start_recording()
@@ -182,13 +182,13 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         self._weights.reset_state()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        # As of the callback, whose weights it has.
+        # As for the callback.
         return self
 
     __copy__ = __deepcopy__
 
     def __reduce__(self) -> Any:
-        # Keras would pickle what it saves, for which it makes a weighting of its own.
+        # Keras would pickle the config, and load it with another weighting.
         losses = dict(self._identifiers) or self._weighting.outputs
         return type(self), (losses, self._weighting)
 
@@ -201,7 +201,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         return cls(**keras.saving.deserialize_keras_object(config))
 
     def _terms(self, y_true: Any, y_pred: Any, sample_weight: Any) -> tuple[dict[str, Any], Any]:
-        """The losses of a call by output name, and the number of samples."""
+        """The unweighted losses of a call by output name, and the number of samples."""
         self._check_has_losses()
         names = list(self._losses)
         if _is_tensor(y_true) and _is_tensor(y_pred):
@@ -217,7 +217,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         values = {}
         for name, loss in self._losses.items():
             weight = sample_weight.get(name)
-            # A copy: on torch, Keras multiplies them by the mask in place.
+            # A copy, because Keras multiplies it by the mask in place on torch.
             weight = None if weight is None else keras.ops.copy(weight)
             values[name] = loss(y_true[name], y_pred[name], weight)
         return values, keras.ops.shape(y_pred[names[0]])[0]
@@ -241,7 +241,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
         return loss, [vector, self._record.added(record, losses, samples)]
 
     def _weigh(self, weights: Any, values: Any) -> tuple[Any, Any]:
-        """The terms in one tensor of shape `(K,)`, and their weighted sum."""
+        """The terms as a tensor of shape `(K,)`, and their weighted sum."""
         names = self._weights.names
         if _is_tensor(values):
             terms = values
@@ -251,7 +251,7 @@ class CompoundLoss(keras.metrics.Metric, keras.losses.Loss):
             found = list(values) if isinstance(values, Mapping) else values
             raise ValueError(f"`combine` needs one term for each of {list(names)}. Found {found}.")
         combined: tuple[Any, Any] = backend.combine(weights, terms, names)
-        # Even in a trace, and always: `torch.compile` would compile again if this were read.
+        # Set even in a trace. If a step also read it, `torch.compile` would compile again.
         self._weights.marks.added = True
         return combined
 
@@ -278,7 +278,7 @@ def _check_names(losses: Any, outputs: list[str]) -> None:
 
 
 def _is_tensor(value: Any) -> bool:
-    # A table of another library may have both names and a shape.
+    # A data frame has a shape, but also names.
     return hasattr(value, "shape") and not hasattr(value, "keys")
 
 
@@ -292,8 +292,8 @@ def _check_outputs(argument: str, outputs: Any, names: list[str]) -> None:
         raise ValueError(f"`{argument}` must have the outputs {names}. Found {list(outputs)}.")
 
 
-# What `compile` wraps a loss function in, for its mean, mask, sample weights and ranks. Keras
-# exports only its subclasses.
+# The class in which `compile` wraps loss functions: it handles means, masks, sample weights and
+# tensors of different rank. Keras exports only its subclasses.
 _LossFunctionWrapper = keras.losses.MeanSquaredError.__base__
 
 

@@ -1,4 +1,4 @@
-"""The picture of a training run, by matplotlib, which comes with an extra."""
+"""Draws a training run. Needs matplotlib, which is optional."""
 
 import io
 from typing import Any
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 from keras_dwa._history import TrainingRun
 from keras_dwa._ledger import Vector
 
-# Of Okabe and Ito's colours, which colour-blind readers tell apart, too.
+# From Okabe and Ito's palette for colour-blind readers.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 
 
 class InlineFigure(Figure):
-    """A figure that notebooks show, although pyplot does not know it."""
+    """A figure that notebooks show, although pyplot does not manage it."""
 
     def _repr_png_(self) -> bytes:
         picture = io.BytesIO()
@@ -46,7 +46,7 @@ def draw(run: TrainingRun) -> Figure:
 
 
 def _draw_totals(panels: NDArray[Any], run: TrainingRun) -> None:
-    """Draws the loss under the base weights in the first of a row of panels."""
+    """Draws the loss under the base weights in the first panel of a row."""
     _draw_losses(panels[0], "base_loss", run.epochs, *run.totals)
     _spread_out(panels[:1])
     panels[0].set_xlabel("epoch")
@@ -66,7 +66,7 @@ def _draw_outputs(panels: NDArray[Any], run: TrainingRun) -> None:
             _draw_weights(panel, run, *run.window_weights(name), drawstyle="steps-post")
     _spread_out(panels[:, 0])
     _widen(panels[0, 1])
-    panels[0, 0].set_xlim(panels[0, 1].get_xlim())  # Also where the last losses are NaN.
+    panels[0, 0].set_xlim(panels[0, 1].get_xlim())  # The last losses may be NaN.
     titles = ["loss (first epoch = 1)", run.weight_title, run.weight_title]
     units = ["epoch", "epoch", f"batch (latest {len(run.windows)} windows)"]
     for column, title, unit in zip(panels.T, titles, units, strict=False):
@@ -85,7 +85,7 @@ def _draw_losses(
     _draw(panel, epochs, training, color=BLUE, label="training")
     had = np.isfinite(validation)
     if had.any():
-        # No gaps where epochs were not validated.
+        # Without gaps for epochs that were not validated.
         style = {"color": VERMILION, "label": "validation", "linestyle": "--"}
         _draw(panel, epochs[had], validation[had], **style)
     panel.set_ylabel(name, rotation="horizontal", ha="right", va="center", parse_math=False)
@@ -98,7 +98,7 @@ def _draw_weights(panel: Axes, run: TrainingRun, x: Vector, weights: Vector, **s
 
 
 def _draw(panel: Axes, x: Vector, y: Vector, **style: Any) -> None:
-    # With points, while there is room for them.
+    # With points, if there is room for them.
     panel.plot(x, y, marker="." if len(x) <= 20 else None, **style)
 
 
@@ -110,7 +110,7 @@ def _widen(panel: Axes) -> None:
 
 
 def _spread_out(panels: NDArray[Any]) -> None:
-    """Makes an axis of losses logarithmic, if two powers of 10 are there to be its ticks."""
+    """Makes an axis of losses logarithmic if it has at least two powers of 10 as ticks."""
     losses = np.concatenate([line.get_ydata() for panel in panels for line in panel.lines])
     losses = losses[np.isfinite(losses)]
     if len(losses) and losses.min() > 0:

@@ -90,7 +90,7 @@ class DynamicWeightAverage(LossWeighting):
         return {**super().get_config(), "temperature": self.temperature}
 
     def update(self, epoch: int, logs: Mapping[str, float]) -> Mapping[str, float] | None:
-        names = sorted(self.outputs)  # A file may have the outputs in another order.
+        names = sorted(self.outputs)  # A loaded file may have them in another order.
         losses = np.array([logs[f"{name}_loss"] for name in names])
         not_finite = ~np.isfinite(losses)
         if not_finite.any():

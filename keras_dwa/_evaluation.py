@@ -1,4 +1,4 @@
-"""The losses of a model as it is, by an evaluation that leaves no trace."""
+"""Measures the losses of a model by an evaluation that leaves no trace."""
 
 import contextlib
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ def evaluated_sums(
     """The `Segment.sums` of an evaluation: NaN where the model has no metric of a loss.
 
     Args:
-        callback: one that has the model.
-        weights: those of the weighting.
-        arguments: those of `evaluate`.
+        callback: a callback that has the model.
+        weights: the callback's weights.
+        arguments: the arguments of `evaluate`.
     """
     model = callback.model
     with _restored(callback, weights):
-        weights.clear_record()  # Where `metrics` hides it, Keras does not.
+        weights.clear_record()  # Keras does not if the model's `metrics` hides it.
         model.evaluate(**{"verbose": 0, **arguments})
         if records(model, weights):
             return repeat_count(weights.recorded())
@@ -34,7 +34,7 @@ def evaluated_sums(
 
 @contextlib.contextmanager
 def _restored(callback: keras.callbacks.Callback, weights: LossWeights) -> Iterator[None]:
-    """Puts back what an evaluation changes: metrics, the state of layers and of seeds."""
+    """Restores what an evaluation changes: metrics, and the state of layers and seeds."""
     model, marks = callback.model, weights.marks
     variables = list(model.non_trainable_variables)
     variables += [variable for m in tracked_metrics(model) for variable in m.variables]
@@ -45,9 +45,9 @@ def _restored(callback: keras.callbacks.Callback, weights: LossWeights) -> Itera
         try:
             yield
         finally:
-            callback.model  # noqa: B018  # On JAX, after an error, gives variables their values.
+            callback.model  # noqa: B018  # On JAX, restores the variables after an error.
             for variable, value in parameters:
-                # On JAX, Keras loses them if it could not trace the step.
+                # On JAX, Keras loses the parameters if it cannot trace the step.
                 if hasattr(value, "is_deleted") and not value.is_deleted():
                     variable.assign(value)
             model.reset_metrics()  # Those that the evaluation made.

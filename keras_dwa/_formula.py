@@ -1,4 +1,4 @@
-"""The Dynamic Weight Average equation: NumPy in and out, no Keras."""
+"""The Dynamic Weight Average equation in pure NumPy."""
 
 import math
 import numbers
@@ -55,7 +55,7 @@ def dwa_weights(
     scale, unit = temperature.as_integer_ratio()
     logits = []
     for rate in rates:
-        # (rate - largest) / T. Below -800, `exp` is 0 in float64; capped there, none overflows.
+        # (rate - largest) / T. Capped at -800, where `exp` is 0 in float64, so nothing overflows.
         numerator = _difference(rate, largest) * unit
         denominator = rate[1] * largest[1] * scale
         logits.append(max(numerator, -800 * denominator) / denominator)
@@ -97,7 +97,7 @@ def _difference(rate: tuple[int, int], other: tuple[int, int]) -> int:
 def undefined_rates(
     previous: NDArray[np.float64], before_previous: NDArray[np.float64]
 ) -> NDArray[np.bool_]:
-    """Which losses were 0 and no longer are, so that their rate does not exist. Shape `(K,)`."""
+    """Which losses were 0 before and are not 0 now, so they have no rate. Shape `(K,)`."""
     undefined: NDArray[np.bool_] = (before_previous == 0) & (previous != 0)
     return undefined
 
@@ -105,17 +105,17 @@ def undefined_rates(
 def scaled_weights(
     base_weights: NDArray[np.float64], losses: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Base weights `b_k / L_k`, which sum to what `b_k` sum to. Shape `(K,)`.
+    """Base weights `b_k / L_k`, scaled to the sum of the `b_k`. Shape `(K,)`.
 
-    Under these, each of the losses `L_k` has the share of the total that its `b_k` has of the sum.
+    Each loss `L_k` then has the same share of the total as `b_k` has of their sum.
     """
-    weights = base_weights * (losses.min() / losses)  # None overflows.
+    weights = base_weights * (losses.min() / losses)  # Cannot overflow.
     scaled: NDArray[np.float64] = weights * (base_weights.sum() / weights.sum())
     return scaled
 
 
 def check_temperature(temperature: float) -> float:
-    """The temperature as a Python float, or a ValueError if it is not finite and > 0."""
+    """Returns the temperature as a float, or raises a ValueError if it is not finite and > 0."""
     if not is_positive(temperature):
         raise ValueError(
             f"`temperature` must be a finite number > 0. Found `temperature = {temperature!r}`."

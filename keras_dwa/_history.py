@@ -1,4 +1,4 @@
-"""What a training run tells of each epoch, for a picture of it."""
+"""The data of a training run, for plotting."""
 
 import csv
 import math
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class TrainingRun:
-    """What a history tells of each epoch, and a weighting of its windows."""
+    """The losses and weights of each epoch of a history, and the windows of a weighting."""
 
     def __init__(
         self,
@@ -33,14 +33,14 @@ class TrainingRun:
         self.weight_title = "weight" if is_plain else "weight / base weight"
         rows = np.arange(len(columns[f"{self.names[0]}_weight"]), dtype=np.float64)
         epochs = _floats(columns.get("epoch", []))
-        # In a file to which a second run was appended, they may begin with 0 again.
+        # If a second run was appended to a file, they may start at 0 again.
         is_ascending = len(epochs) == len(rows) and bool((np.diff(epochs) > 0).all())
         self.epochs = 1 + (epochs if is_ascending else rows)
         self.totals = [self.values("base_loss"), self.values("val_base_loss")]
         self.has_totals = bool(np.isfinite(self.totals).any())
 
     def values(self, key: str) -> Vector:
-        """Those of a column, in each epoch: NaN where there is none, or none that is finite."""
+        """The values of a column by epoch: NaN if missing or not finite."""
         values = _floats(self._columns.get(key, []))
         if len(values) == len(self.epochs):
             return values
@@ -48,18 +48,18 @@ class TrainingRun:
         if len(values):
             freq, last = self._validation_freq, int(self.epochs[-1])
             every = range(freq, last + 1, freq) if isinstance(freq, int) else freq
-            had = np.isin(self.epochs, list(every)) & key.startswith("val_")
-            if had.sum() != len(values):
+            is_validated = np.isin(self.epochs, list(every)) & key.startswith("val_")
+            if is_validated.sum() != len(values):
                 raise ValueError(
                     f"`{key}` has {len(values)} values, but there are {len(filled)} epochs. If you "
                     "validated only some, pass the same `validation_freq` as to `fit`, or the file "
                     f"of a CSVLogger. Found `validation_freq = {freq!r}`."
                 )
-            filled[had] = values
+            filled[is_validated] = values
         return filled
 
     def losses(self, name: str) -> list[Vector]:
-        """The unweighted losses of an output in training and validation, as first epoch = 1."""
+        """The unweighted training and validation losses of an output, relative to epoch 1."""
         if f"{name}_loss" in self._columns:
             losses = [self.values(f"{name}_loss"), self.values(f"val_{name}_loss")]
         else:
@@ -73,18 +73,18 @@ class TrainingRun:
         return [values / scale for values in losses]
 
     def weights(self, name: str) -> Vector:
-        """The weights of an output in each epoch, relative to its base weight if that is known."""
+        """The weights of an output by epoch, divided by its base weight if known."""
         return self.values(f"{name}_weight") / self._base_weights.get(name, 1.0)
 
     def window_weights(self, name: str) -> tuple[Vector, Vector]:
-        """The batches at which windows begin, and last ends; the weights from there on."""
+        """The batches at which windows begin (and the last one ends), and the weights there."""
         begins = np.cumsum([0, *(window.batches for window in self.windows)], dtype=np.float64)
         weights = [window.weights[name] for window in (*self.windows, self.windows[-1])]
         return begins, np.array(weights) / self._base_weights.get(name, 1.0)
 
 
 def columns_of(history: Any) -> dict[str, list[Any]]:
-    """What a history holds, by key."""
+    """The columns of a history, as lists by name."""
     columns: Mapping[Any, Any]
     if isinstance(history, keras.callbacks.History):
         columns = {**history.history, "epoch": history.epoch}
@@ -107,7 +107,7 @@ def columns_of(history: Any) -> dict[str, list[Any]]:
 
 def _read(path: str | os.PathLike[str]) -> dict[str, list[str]]:
     with open(path, newline="") as file:
-        # `CSVLogger` takes any separator. It writes "epoch" before the first one.
+        # `CSVLogger` accepts any separator. Its first column is "epoch".
         separator = next((sign for sign in file.readline() if sign in ",;|\t"), ",")
         file.seek(0)
         rows = list(csv.DictReader(file, delimiter=separator))
@@ -115,7 +115,7 @@ def _read(path: str | os.PathLike[str]) -> dict[str, list[str]]:
 
 
 def _floats(values: Iterable[Any]) -> Vector:
-    """NaN for all that is not a finite number, as the "NA" that `CSVLogger` writes."""
+    """The values as floats: NaN if not a finite number, such as the "NA" of `CSVLogger`."""
     floats = np.array([_float(value) for value in values], dtype=np.float64)
     return np.where(np.isfinite(floats), floats, np.nan)
 
@@ -129,7 +129,7 @@ def _float(value: Any) -> float:
 
 def _names(columns: Mapping[str, Any], weighting: "LossWeighting | None") -> list[str]:
     """The names of the outputs."""
-    # `CSVLogger` adds an empty `val_` column for each other if the first epoch has none.
+    # `CSVLogger` adds an empty `val_` column for each column if the first epoch has none.
     weights = [
         key
         for key in columns

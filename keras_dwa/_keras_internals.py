@@ -1,6 +1,6 @@
-"""The two looks inside Keras that nothing public replaces.
+"""Uses of private Keras attributes that have no public equivalent.
 
-Each fails with a message that names the attribute, should a later Keras drop it.
+If a later Keras drops an attribute, the error names it.
 """
 
 from typing import Any
@@ -11,25 +11,25 @@ import keras
 def compiled_loss_weights(model: keras.Model) -> Any:
     """What `model` got as `compile(loss_weights=...)`; None if it got nothing.
 
-    `Model.get_compile_config()` is public, but serializes: it cannot tell our weights from others.
+    `Model.get_compile_config()` is public, but serializes the weights, so ours look like any other.
     """
     compile_loss = _private(model, "_compile_loss")
     return None if compile_loss is None else _private(compile_loss, "_user_loss_weights")
 
 
 def has_several_losses(model: keras.Model) -> bool:
-    """Whether Keras computes more than one loss, as far as it has built them; then it tracks each.
+    """Whether Keras tracks more than one loss. It does not before it has built them.
 
-    `Model.metrics` is public, but has the user's metrics as well.
+    `Model.metrics` is public, but also has the user's metrics.
     """
     compile_loss = _private(model, "_compile_loss")
     return compile_loss is not None and len(compile_loss.metrics) > 1
 
 
 def track(model: keras.Model, metric: keras.metrics.Metric) -> None:
-    """Sets `metric` as the attribute of its name, in place of a former one, on built models, too.
+    """Sets `metric` as the attribute of its name, replacing a former one. Works on built models.
 
-    A built model refuses new state: its tracker is unlocked for the assignment, as in
+    A built model refuses new state, so its tracker is unlocked for the assignment, as in
     `Layer.enable_lora`.
     """
     tracker = _private(model, "_tracker")

@@ -1,4 +1,4 @@
-"""What the batches of an epoch had: their weights, and the sums of their losses. NumPy alone."""
+"""The weights and loss sums of the batches of an epoch. Pure NumPy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ Vector = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Segment:
-    """Batches of an epoch, one after the other, that had the same weights.
+    """Consecutive batches of an epoch that had the same weights.
 
     Attributes:
         weights: the weights: float64, shape `(K,)`.
-        end: how many batches of the epoch there were up to the last of them.
-        sums: the sums of the K losses, each times how much its batches count; these counts, one for
-            each loss, since outputs may differ in their first axis; and the count of the total
-            loss. NaN where they are not known. Shape `(2K + 1,)`.
+        end: the number of batches from the start of the epoch to the end of the segment.
+        sums: the sums of the K losses, each loss multiplied by its count in a batch; the K counts
+            (outputs can differ in their first axis); and the count of the total loss. NaN if
+            unknown. Shape `(2K + 1,)`.
     """
 
     weights: Vector
@@ -30,13 +30,13 @@ Ledger = Sequence[Segment]
 
 
 def averages(sums: Vector) -> Vector:
-    """The K averages that such sums come to: NaN where nothing was counted."""
+    """The K averages of `Segment.sums`: NaN if nothing was counted."""
     losses, counts = np.split(sums[: len(sums) // 2 * 2], 2)
     return np.asarray(losses / np.where(counts > 0, counts, np.nan))
 
 
 def repeat_count(sums: Vector) -> Vector:
-    """Sums of K losses, then their one count, as a `Segment.sums`."""
+    """Sums of K losses and their common count, as `Segment.sums`."""
     return np.append(sums[:-1], np.full(len(sums), sums[-1]))
 
 
@@ -57,9 +57,9 @@ def is_constant(ledger: Ledger) -> bool:
 
 
 def mean_weights(ledger: Ledger) -> Vector:
-    """The mean of the weights: each batch counts as in the total loss, or as 1 if that is unknown.
+    """The mean weights. Shape `(K,)`.
 
-    Shape `(K,)`.
+    Batches count as in the total loss, or the same if these counts are unknown.
     """
     if is_constant(ledger):
         return ledger[0].weights
@@ -69,7 +69,7 @@ def mean_weights(ledger: Ledger) -> Vector:
 
 
 def weights_of_batch(ledger: Ledger, batch: int, current: Vector) -> Vector:
-    """The weights that a batch of the epoch had, from 0; `current` those of the latest batches."""
+    """The weights of a batch, by its index in the epoch; `current` if it is in no segment yet."""
     weights = current
     for segment in reversed(ledger):
         if segment.end <= batch:
@@ -84,7 +84,7 @@ def loss_parts(ledger: Ledger, losses: Vector, weights: Vector | None = None) ->
     Args:
         ledger: the segments of the epoch.
         losses: the averages of the K losses over the epoch.
-        weights: the weights that the losses are taken under; by default, those they had.
+        weights: the weights of the losses; by default, those of the segments.
     """
     if is_constant(ledger) or not is_known(ledger):
         return losses * (mean_weights(ledger) if weights is None else weights)

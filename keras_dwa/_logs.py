@@ -1,4 +1,4 @@
-"""What the logs hold: names, losses out of them, weights and `base_loss` into them."""
+"""The logs: their names, the losses in them, and the weights and `base_loss` that we add."""
 
 import math
 from collections import Counter
@@ -14,14 +14,14 @@ Logs = Mapping[str, float]
 
 
 def make_floats(logs: dict[str, float]) -> None:
-    """Replaces numbers that are none of Python's, as Keras leaves them for bfloat16."""
+    """Converts all numbers to Python floats. Keras leaves bfloat16 ones as they are."""
     for key, value in logs.items():
         if type(value) is not float and (number := as_float(value)) is not None:
             logs[key] = number
 
 
 def check_log_names(names: Sequence[str]) -> None:
-    """Raises a ValueError if two logs of outputs with these names would have the same key."""
+    """Raises a ValueError if outputs with these names would have the same key in the logs."""
     keys = Counter(["val_loss", "base_loss", "val_base_loss"])
     keys.update(f"{prefix}{name}_loss" for name in names for prefix in ("", "val_"))
     if duplicates := [key for key, count in keys.items() if count > 1]:
@@ -32,12 +32,12 @@ def check_log_names(names: Sequence[str]) -> None:
 
 
 def logged_losses(logs: Logs, names: Sequence[str], weights: Vector, prefix: str = "") -> Vector:
-    """The unweighted losses of an epoch that had these weights: float64, shape `(K,)`."""
+    """The unweighted losses in the logs of an epoch: float64, shape `(K,)`."""
     keys = _keys(logs, names, prefix)
     losses = np.array([logs[key] for key in keys], dtype=np.float64)
     if keys != [f"{prefix}loss"]:
         return losses
-    # Already weighted. What it was at weight 0, nothing tells.
+    # Already weighted. At weight 0, the unweighted loss is unknown.
     return losses / np.where(weights == 0, np.nan, weights)
 
 
@@ -48,17 +48,17 @@ def _keys(logs: Logs, names: Sequence[str], prefix: str = "") -> list[str]:
 
 
 def _missing_losses(logs: Logs, names: Sequence[str], prefix: str = "") -> list[str]:
-    """Which of the losses that a model with these outputs logs are not there."""
+    """The keys of losses that are missing from the logs."""
     return [key for key in _keys(logs, names, prefix) if key not in logs]
 
 
 def check_logs(logs: Logs, names: Sequence[str], may_lack: bool = False) -> None:
-    """Raises a ValueError unless the logs of training have all losses, and room for ours.
+    """Raises a ValueError if training logs lack a loss, or already have a key of ours.
 
     Args:
-        logs: those of an epoch, or of its first step.
+        logs: the logs of an epoch, or of its first step.
         names: the names of the outputs.
-        may_lack: whether it is right for losses to be missing.
+        may_lack: whether losses may be missing.
     """
     missing = _missing_losses(logs, names)
     if missing and not may_lack:
@@ -75,7 +75,7 @@ def check_logs(logs: Logs, names: Sequence[str], may_lack: bool = False) -> None
 def check_total(logs: Logs, weighted: float) -> None:
     """Raises a ValueError if the total loss is 0 in the logs, and the weighted sum is not."""
     smallest, _ = floatx_range()
-    if logs.get("loss") == 0 and weighted > 100 * smallest:  # Else it underflows.
+    if logs.get("loss") == 0 and weighted > 100 * smallest:  # A smaller sum may underflow.
         raise ValueError(
             f"`loss` was 0 in the logs, although the weighted losses sum to {weighted}. Nothing "
             "updates the metric that Keras logs. Leave `loss` out of your metrics and out of what "
@@ -85,7 +85,7 @@ def check_total(logs: Logs, weighted: float) -> None:
 
 
 def check_first_logs(logs: Logs, names: Sequence[str], weights: Vector, may_lack: bool) -> None:
-    """Raises a ValueError unless the logs of a first step are as those of an epoch must be."""
+    """Raises a ValueError if the logs of the first step would be refused for an epoch."""
     if clashing := [key for key in ("base_loss", "val_base_loss") if key in logs]:
         raise ValueError(f"`logs` already has {clashing}. Rename that metric.")
     check_logs(logs, names, may_lack)
@@ -96,12 +96,12 @@ def check_first_logs(logs: Logs, names: Sequence[str], weights: Vector, may_lack
 def add_recorded_losses(
     logs: dict[str, float], losses: Mapping[str, float], logged: Sequence[str]
 ) -> None:
-    """Adds recorded averages by output name; what trackers of the model log stays as it is.
+    """Adds recorded averages to the logs, but keeps what the model's own trackers log.
 
     Args:
-        logs: those of an epoch.
-        losses: the averages over it by output name.
-        logged: the names whose losses come from the record already.
+        logs: the logs of an epoch.
+        losses: the epoch's averages by output name.
+        logged: the names of outputs whose losses come from the record.
     """
     for name, loss in losses.items():
         if name in logged or f"{name}_loss" not in logs:
@@ -109,7 +109,7 @@ def add_recorded_losses(
 
 
 def add_weights(logs: dict[str, float], names: Sequence[str], weights: Vector) -> None:
-    """Adds the weights that an epoch or a batch had."""
+    """Adds the weights of an epoch or batch."""
     by_name = zip(names, weights.tolist(), strict=True)
     logs.update({f"{name}_weight": weight for name, weight in by_name})
 
@@ -127,19 +127,19 @@ def add_base_loss(
     base_weights: Vector,
     rest: float | None,
 ) -> None:
-    """Adds what the total loss would be under the base weights, if there is a total.
+    """Adds the total loss under the base weights, if the logs have a total loss.
 
     Args:
-        logs: those of an epoch.
+        logs: the logs of an epoch.
         ledger: the segments of the epoch.
         losses: the averages of its losses.
         base_weights: the base weights.
-        rest: what the total has beside these losses; None if only the total tells.
+        rest: the part of the total that is not in `losses`; None if only the total tells.
     """
     if "loss" in logs and rest is not None:
         logs["base_loss"] = float(base_weights @ losses) + rest
     elif "loss" in logs:
-        # Another weighting, of other losses of the model, may have begun it.
+        # Another weighting, for other losses of the model, may have added it already.
         total, parts = logs.get("base_loss", logs["loss"]), loss_parts(ledger, losses)
         base_parts = loss_parts(ledger, losses, base_weights)
         logs["base_loss"] = _base_loss(total, parts, base_parts, losses)
@@ -153,19 +153,19 @@ def add_val_base_loss(
     recorded: Vector | None,
     rest: float | None,
 ) -> str | None:
-    """Adds what the validation's total loss would be under the base weights, if there is one.
+    """Adds the validation's total loss under the base weights, if the logs have a total.
 
     Args:
-        logs: those of an epoch.
+        logs: the logs of an epoch.
         names: the names of the outputs.
-        weights: the weights that the validation had.
+        weights: the weights during validation.
         base_weights: the base weights.
-        recorded: the averages that a compound loss recorded in it, NaN if it was not called; None
-            if the model has none.
+        recorded: the averages that a compound loss recorded in validation, NaN if it was not
+            called; None if the model has no compound loss.
         rest: as in `add_base_loss`.
 
     Returns:
-        A warning, if it cannot.
+        A warning if it cannot, else None.
     """
     if "val_loss" not in logs:
         return None
@@ -193,23 +193,23 @@ def add_val_base_loss(
 def logged_if_recorded(
     logs: Logs, names: Sequence[str], recorded: Vector, logged: Sequence[str]
 ) -> Vector:
-    """The recorded averages of a validation; those of the logs where they were recorded, too.
+    """The recorded averages of a validation, from the logs if they hold them.
 
-    An evaluation since then has a record of its own.
+    The record itself may already hold a later evaluation.
     """
     by_name = zip(names, recorded.tolist(), strict=True)
     return np.array([logs.get(f"val_{n}_loss", v) if n in logged else v for n, v in by_name])
 
 
 def _base_loss(total: float, parts: Vector, base_parts: Vector, losses: Vector) -> float:
-    """What `total`, the sum of weighted `parts` and more, would be under the base weights."""
+    """What `total`, the sum of weighted `parts` and a rest, would be under the base weights."""
     weighted, base_loss = float(parts.sum()), float(base_parts.sum())
-    # A `test_step` of the user's own may sum the losses under the base weights, or under none.
+    # A custom `test_step` may sum the losses under the base weights, or under none.
     if not math.isfinite(total) or math.isclose(total, base_loss, rel_tol=1e-5):
         return total
     if math.isclose(total, float(losses.sum()), rel_tol=1e-5):
         return base_loss
-    # A step that uses a compound loss more than once may add up what it gives.
+    # A step that uses a compound loss several times may add up its values.
     uses = total / weighted if weighted else math.nan
     if uses > 1.5 and math.isclose(uses, round(uses), rel_tol=1e-5):
         return uses * base_loss
@@ -217,14 +217,14 @@ def _base_loss(total: float, parts: Vector, base_parts: Vector, losses: Vector) 
 
 
 def print_weights(source: str, weights: Mapping[str, float], epoch: int) -> None:
-    """Prints the weights in the manner of Keras's callbacks."""
+    """Prints the weights in the style of Keras's callbacks."""
     print(f"\nEpoch {epoch + 1}: {source} setting loss weights to {_shown(weights)}.")
 
 
 def print_base_weights(
     source: str, base_weights: Mapping[str, float], losses: Mapping[str, float]
 ) -> None:
-    """Prints what `adapt` found, and what it set."""
+    """Prints the base weights that `adapt` set, and the losses that it found."""
     print(f"\n{source} setting base weights to {_shown(base_weights)}.")
     print(f"The losses are {_shown(losses)}.")
 

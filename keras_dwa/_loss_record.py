@@ -1,4 +1,4 @@
-"""What a compound loss records of each batch, in a variable."""
+"""The variable in which a compound loss records its losses."""
 
 import sys
 from typing import Any
@@ -18,14 +18,15 @@ class LossRecord:
         size: K.
 
     Attributes:
-        variable: the K losses, each times its batch's samples, and these samples: the sums since
-            the last reset, for the logs; and those since the last `take`, which stay exact in a
-            long epoch and after a NaN. Shape `(2, K + 1)`, float32 or wider.
+        variable: sums of the K losses, each multiplied by its batch's samples, and of the samples.
+            The first row has the sums since the last reset, for the logs; the second those since
+            the last `take`, which stay exact in a long epoch and after a NaN. Shape `(2, K + 1)`,
+            float32 or wider.
     """
 
     def __init__(self, size: int) -> None:
-        # As `Metric.add_variable` does, but not cast within a layer of mixed precision: there,
-        # nothing that is assigned would stay on torch.
+        # As in `Metric.add_variable`, but without autocasting: in a layer of mixed precision, torch
+        # would lose what is assigned.
         with unsharded():
             self.variable = keras.Variable(
                 "zeros",
@@ -37,21 +38,21 @@ class LossRecord:
                 synchronization="on_read",
                 name="record",
             )
-        # Of the samples: the first row as `take` found it, and what it took from the second.
+        # The sample counts of both rows at the last `take`.
         self._counted = self._taken = 0.0
 
     def add(self, losses: Any, samples: Any) -> None:
         """Adds a batch.
 
         Args:
-            losses: a tensor of shape `(K,)`, the averages over its samples. As Keras has them where
-                TensorFlow runs a step in replicas and adds up the losses: divided by their number.
-            samples: how many they are.
+            losses: a tensor of shape `(K,)`, the averages over its samples. In TensorFlow replicas,
+                divided by their number, as Keras does with its losses.
+            samples: the number of samples.
         """
         backend.add_batch(self.variable, losses, samples, replicas())
 
     def added(self, sums: Any, losses: Any, samples: Any) -> Any:
-        """What `add` would make of the variable's value `sums`."""
+        """The variable's value after `add`, if it was `sums` before."""
         row = backend.batch_sums(losses, samples, replicas(), self.variable.dtype)
         return sums + keras.ops.stack([row, row])
 
@@ -73,14 +74,14 @@ class LossRecord:
         self._counted = self._taken = 0.0
 
     def take(self, weights: Vector) -> Vector:
-        """The `Segment.sums` of the batches since the last call; each use of a loss is one."""
+        """The `Segment.sums` of the batches since the last call. Each use of a loss is a batch."""
         values = self.values()
         counted = float(values[0, -1])
         new = values[1]
-        # On JAX, Keras undoes what is assigned as a batch begins, if the data then had none.
+        # On JAX, Keras undoes what `on_train_batch_begin` assigned if no batch follows.
         if new[-1] - (counted - self._counted) > 0.5 * self._taken:
             new = np.zeros_like(new)
-        # On the devices: JAX would have the processes compare what is on the host, NaN too.
+        # On the device: JAX would compare host arrays between processes, and NaN is not equal.
         first = keras.ops.convert_to_tensor(self.variable)[:1]
         self.variable.assign(keras.ops.concatenate([first, keras.ops.zeros_like(first)]))
         self._counted, self._taken = counted, float(new[-1])
@@ -88,7 +89,7 @@ class LossRecord:
 
 
 def to_numpy(tensor: Any) -> NDArray[Any]:
-    """The tensor as an array; of float32 for bfloat16."""
+    """The tensor as an array. NumPy does not know bfloat16, so that becomes float32."""
     if keras.backend.standardize_dtype(tensor.dtype) == "bfloat16":
         tensor = keras.ops.cast(tensor, "float32")
     array: NDArray[Any] = keras.ops.convert_to_numpy(tensor)
@@ -96,7 +97,7 @@ def to_numpy(tensor: Any) -> NDArray[Any]:
 
 
 def replicas() -> Any:
-    """How many replicas of the present step TensorFlow runs."""
+    """The number of TensorFlow replicas that run the current step."""
     is_tensorflow = keras.backend.backend() == "tensorflow"
     tensorflow = sys.modules["tensorflow"] if is_tensorflow else None
     return tensorflow.distribute.get_strategy().num_replicas_in_sync if tensorflow else 1

@@ -96,7 +96,7 @@ class LossWeightScheduler(LossWeighting):
 
     def assign(self, factors: Mapping[str, float]) -> None:
         super().assign(factors)
-        # Where the epoch begins again, what the schedule leaves out stays as assigned.
+        # If the epoch starts again, outputs that the schedule leaves out keep these factors.
         assigned = {name: self.factors[name] for name in factors}
         before = {**self._before(), **assigned}
         self._move("`assign`", lambda: self._remember(self.state.get("epoch", 0), before))
@@ -135,7 +135,7 @@ class LossWeightScheduler(LossWeighting):
         self._move(source, lambda: self._scheduled(epoch))
 
     def _scheduled(self, epoch: int) -> Any:
-        """The factors of an epoch, or window, which `state` then remembers."""
+        """The factors for an epoch or window. Remembers it, and the factors before, in `state`."""
         before = self._before() if self.state.get("epoch") == epoch else self.factors
         arguments = (epoch, dict(before)) if _takes_factors(self.schedule) else (epoch,)
         found = self.schedule(*arguments)
@@ -145,27 +145,27 @@ class LossWeightScheduler(LossWeighting):
         return {**before, **found} if isinstance(found, Mapping) else found
 
     def _before(self) -> dict[str, float]:
-        """The factors that the schedule got for the epoch that began last."""
+        """The factors that the schedule got for the current epoch."""
         if "before" not in self.state:
             return self.factors
         return dict(zip(sorted(self.outputs), self.state["before"].tolist(), strict=True))
 
     def _remember(self, epoch: int, before: Mapping[str, float]) -> None:
         self.state["epoch"] = np.array(epoch)
-        # In an order of their own, for a file may have the outputs in another one.
+        # Sorted, because a loaded file may have the outputs in another order.
         self.state["before"] = np.array([before[name] for name in sorted(before)])
 
 
 def _takes_factors(schedule: Callable[..., Any]) -> bool:
-    """Whether `schedule` needs more than the epoch, or has a parameter for the factors."""
+    """Whether `schedule` takes the factors as its second argument."""
     try:
         parameters = inspect.signature(schedule).parameters.values()
     except ValueError:
-        return False  # Some functions written in C have none.
+        return False  # Some functions written in C have no signature.
     positional = [each for each in parameters if each.kind <= each.POSITIONAL_OR_KEYWORD]
     if any(each.kind is each.VAR_POSITIONAL for each in parameters):
         return True
-    # Another one with a default is the user's own, as `n` in `lambda epoch, n=n: ...`.
+    # Other parameters with defaults are the user's, such as `n` in `lambda epoch, n=n: ...`.
     return len(positional) > 1 and (
         positional[1].name == "factors" or positional[1].default is inspect.Parameter.empty
     )

@@ -1,4 +1,4 @@
-"""The callback that moves the loss weights of a model while it trains."""
+"""The base callback: it moves the loss weights of a model while it trains."""
 
 import math
 import threading
@@ -122,9 +122,9 @@ class LossWeighting(keras.callbacks.Callback):
         [1.0, 0.5, 0.25]
     """
 
-    # Keras then calls `on_train_batch_end` beside the next batches, and waits for none of them.
+    # Keras then calls `on_train_batch_end` in another thread, without waiting for it.
     async_safe = True
-    # When `verbose=1` prints the weights: once `update` has moved them, or as an epoch begins.
+    # Whether `verbose=1` prints the weights as an epoch begins, rather than after `update`.
     _prints_at_begin = False
 
     def __init__(
@@ -135,28 +135,28 @@ class LossWeighting(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         freq = _arguments.check_update_freq(update_freq)
-        # In batches; None for epochs.
+        # In batches. None without windows.
         self._window_size: int | None = None if freq == "epoch" else int(freq)
         self.verbose = verbose
         rules = [cls.__name__ for cls in type(self).__mro__]
         self._weights = LossWeights(_arguments.check_outputs(outputs), rules)
         self._weights.before_change = self._before_change
         self._run: Run | None = None
-        # The latest windows that are over.
+        # The latest completed windows.
         self._windows: deque[Window] = deque(maxlen=1000)
-        # The factors assigned since the last epoch or `fit` ended, with which a new model begins.
+        # The factors assigned since the last epoch or `fit` ended. A new model starts with them.
         self._assigned: dict[str, float] = {}
-        # The memory while `update` runs, so that an error in it leaves the former one.
+        # What `update` writes to, so that its changes are dropped if it raises an error.
         self._draft: dict[str, Any] | None = None
-        # Whether the loss was in every epoch so far the sum under the base weights; under the given
-        # ones; under none.
+        # Whether the loss has always been the sum under the base weights, under the base weights as
+        # given, and under none.
         self._static = np.ones(3, dtype=bool)
-        # torch's `DistributedDataParallel`, if the model was given in that.
+        # torch's `DistributedDataParallel`, if the model came wrapped in it.
         self._wrapper: Any = None
-        # What to warn of once all is done, for a warning may be an error.
+        # Warned of at the end of a hook, because warnings can be turned into errors.
         self._messages: list[str] = []
 
-    # In the order in which Keras calls them.
+    # The hooks, in the order in which Keras calls them.
 
     def set_model(self, model: keras.Model) -> None:
         """Connects the callback to a model, as `fit` does. Call it before a `train_on_batch` loop.
@@ -170,7 +170,7 @@ class LossWeighting(keras.callbacks.Callback):
         weights = self._weights
         plain = keras.callbacks.Callback()
         plain.set_model(model)
-        # What torch's `DistributedDataParallel` wraps, where that is given.
+        # Keras unwraps torch's `DistributedDataParallel`.
         wrapper, model = model, plain.model
         _wiring.check_model(model, weights, in_fit=False)
         self._wrapper = None if wrapper is model else wrapper
@@ -180,16 +180,16 @@ class LossWeighting(keras.callbacks.Callback):
         if model is former and _wiring.is_tracked(model, weights):
             return
         returns = former is not None and getattr(model, weights.name, None) is weights
-        # Unpickled, or by Keras for a model with a compound loss.
-        is_read = former is None and weights.is_loaded
+        # By unpickling, or by Keras for a model with a compound loss.
+        is_loaded = former is None and weights.is_loaded
         self._run = None
         _wiring.attach(model, weights)
-        if not is_read:
+        if not is_loaded:
             assigned = self._assigned
             self.reset()
             if assigned:
                 self.assign(assigned)
-        # Late, so that the next call does it all again if Ctrl-C comes before.
+        # Last, so that the next call starts over if Ctrl-C interrupts this one.
         super().set_model(model)
         if returns:
             self._messages.append(
@@ -204,7 +204,7 @@ class LossWeighting(keras.callbacks.Callback):
         _wiring.check_attached(model, weights, self)
         _wiring.check_model(model, weights)
         by_record = _wiring.records(model, weights)
-        # From Keras 3.16 on, `fit` trains in the ranks that there are.
+        # Since Keras 3.16, `fit` itself wraps the model if there are several ranks.
         parallel = self._wrapper or getattr(model, "ddp_model", None)
         trackers, record = TrackerSums(model, weights.names), weights.record
         source = record if record is not None and by_record else trackers
@@ -231,7 +231,7 @@ class LossWeighting(keras.callbacks.Callback):
         run.begin_epoch()
         run.sums.begin()
         if self._window_size:
-            run.sums.take(weights.vector.current)  # What an evaluation since Keras's reset left.
+            run.sums.take(weights.vector.current)  # Drops what an evaluation added since the reset.
         if self.verbose and self._prints_at_begin:
             _logs.print_weights(type(self).__name__, self._current(), epoch)
         self._warn()
@@ -244,7 +244,7 @@ class LossWeighting(keras.callbacks.Callback):
         if batch < run.next:
             return
         if batch == 0 and run.sums.is_reset:
-            # By what other callbacks did as the epoch began.
+            # By another callback's `on_epoch_begin`.
             self._sync()
             run.sums.take(self._weights.vector.current)
         if batch > 0:
@@ -258,7 +258,7 @@ class LossWeighting(keras.callbacks.Callback):
             run.next = min(run.next, batch + size - trained % size)
 
     def on_train_batch_end(self, batch: int, logs: dict[str, float] | None = None) -> None:
-        # Called beside the next batches: the model, and on JAX its variables, are theirs.
+        # Runs while the next batches train, so it must not touch the model or its variables.
         run = self._run
         if run is None:
             return
@@ -268,14 +268,15 @@ class LossWeighting(keras.callbacks.Callback):
             return
         _logs.make_floats(logs)
         names = self._weights.names
-        # In this order, for another thread adds to the ledger before it changes the weights.
+        # Read in this order, because the other thread adds to the ledger before it changes the
+        # weights.
         current, ledger = self._weights.vector.current, run.ledger
-        had = weights_of_batch(ledger, batch, current)
+        batch_weights = weights_of_batch(ledger, batch, current)
         if checks:
             run.has_logs = True
-            _logs.check_first_logs(logs, names, had, run.by_record)
+            _logs.check_first_logs(logs, names, batch_weights, run.by_record)
         if run.moves_within:
-            _logs.add_weights(logs, names, had)
+            _logs.add_weights(logs, names, batch_weights)
 
     def on_test_begin(self, logs: dict[str, float] | None = None) -> None:
         run = self._run_of_test()
@@ -283,11 +284,12 @@ class LossWeighting(keras.callbacks.Callback):
             return
         self._sync()
         self._weights.vector.restore()
-        # Before validation records, too.
+        # Before validation also records losses.
         self._check_first_batches()
         if self._needs_sums():
             self._add_segment(run)
-            run.sums.begin()  # As Keras does, unless the model's `metrics` hides the record.
+            # Keras resets the record too, unless the model's `metrics` hides it.
+            run.sums.begin()
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
         run, weights = self._run_of_test(), self._weights
@@ -303,7 +305,7 @@ class LossWeighting(keras.callbacks.Callback):
         run, weights = self._this_run(), self._weights
         logs = {} if logs is None else logs
         _logs.make_floats(logs)
-        if run.moves_within:  # The logs of the last batch, in a loop of the user's own.
+        if run.moves_within:  # A custom loop may pass the logs of the last batch.
             _logs.remove_weights(logs, weights.names)
         weights.vector.restore()
         if not self._has_losses(run):
@@ -313,11 +315,11 @@ class LossWeighting(keras.callbacks.Callback):
         self._check_effect(logs, ledger, losses)
         rest, val_rest = self._rest(logs), self._rest(logs, "val_")
         _logs.add_base_loss(logs, ledger, losses, weights.base_weights, rest)
-        had, recorded = run.validation or (weights.vector.current, None)
+        val_weights, recorded = run.validation or (weights.vector.current, None)
         if recorded is not None:
             recorded = _logs.logged_if_recorded(logs, weights.names, recorded, weights.logged or ())
         message = _logs.add_val_base_loss(
-            logs, weights.names, had, weights.base_weights, recorded, val_rest
+            logs, weights.names, val_weights, weights.base_weights, recorded, val_rest
         )
         self._messages += [message] if message else []
         self._end_epoch(run, epoch, logs, losses)
@@ -579,7 +581,7 @@ class LossWeighting(keras.callbacks.Callback):
         return self._shown()
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        # KerasTuner copies its callbacks for every trial, but not the weights that the model has.
+        # KerasTuner copies callbacks for each trial, but the model keeps the original's variables.
         return self
 
     __copy__ = __deepcopy__
@@ -596,13 +598,13 @@ class LossWeighting(keras.callbacks.Callback):
     def _close_period(
         self, periods: int, logs: Mapping[str, float], clear_record: bool, **changes: Any
     ) -> None:
-        """Asks the rule after an epoch or window; `changes` are others of the state.
+        """Calls `update` after an epoch or window, and moves the weights.
 
         Args:
-            periods: `State.periods` with it.
+            periods: the new `State.periods`.
             logs: the logs for `update`.
-            clear_record: whether to forget what was recorded.
-            **changes: other fields of the state.
+            clear_record: whether to clear what was recorded.
+            **changes: new values of other fields of the state.
         """
         number = periods // (self._window_size or 1)
         source = f"`{type(self).__name__}.update` after {self._unit} {number}"
@@ -617,10 +619,10 @@ class LossWeighting(keras.callbacks.Callback):
         clear_record: bool = False,
         **changes: Any,
     ) -> None:
-        """Goes over to the factors that `find` returns, and to what it leaves in `self.state`."""
+        """Sets the factors that `find` returns, and keeps what it wrote to `self.state`."""
         weights = self._weights
         try:
-            # Copies, for a rule may change an array in place.
+            # Copies, because a rule may change arrays in place.
             self._draft = {name: np.array(value) for name, value in weights.state.memory.items()}
             found = find()
             found = {} if found is None else found
@@ -656,16 +658,16 @@ class LossWeighting(keras.callbacks.Callback):
         self._windows.append(closed)
 
     def _trained(self, batches: int) -> int:
-        """How many batches were trained in all after so many of the epoch."""
+        """How many batches were trained in total, after the given number in this epoch."""
         state = self._weights.state
         return state.periods + int(state.window[-1]) + self._this_run().in_window(batches)
 
     def _ends_window(self, trained: int, size: int) -> bool:
-        """Whether the open window is over after so many batches in all."""
+        """Whether a window ends after this total number of trained batches."""
         return trained // size > self._weights.state.periods // size
 
     def _before_change(self, state: State) -> None:
-        """Whatever is about to change the weights, or the open window, comes here first."""
+        """Called before anything changes the weights or the open window."""
         self._close_segment()
         run = self._run
         if run is not None:
@@ -674,7 +676,7 @@ class LossWeighting(keras.callbacks.Callback):
                 run.begin_window()
 
     def _close_segment(self) -> None:
-        """The batches so far had the weights that there are."""
+        """Records that the batches since the last segment had the current weights."""
         run = self._run
         if run is not None and run.batches > run.in_ledger:
             self._sync()
@@ -688,7 +690,7 @@ class LossWeighting(keras.callbacks.Callback):
                 "overwrote them. In `callbacks`, list the weighting before those that evaluate."
             )
 
-    # What is known, and what is checked.
+    # What the run knows, and checks of it.
 
     @property
     def _unit(self) -> str:
@@ -709,20 +711,20 @@ class LossWeighting(keras.callbacks.Callback):
         return run
 
     def _run_of_test(self) -> Run | None:
-        """The run whose epoch an evaluation is part of, if a batch of it has begun."""
+        """The run, if an evaluation happens within one of its epochs, after the first batch."""
         run = self._run
         is_within = run is not None and run.thread == threading.get_ident() and run.next > 0
         return run if is_within else None
 
     def _needs_sums(self) -> bool:
-        """Whether the logs are not enough: the weights move within the epoch, or may do so."""
+        """Whether the epoch's logs are not enough, as the weights may move within the epoch."""
         run = self._this_run()
         return run.by_record or run.moves_within
 
     def _has_losses(self, run: Run) -> bool:
-        """Whether the epoch that ends had a batch, and in it a use of the compound loss."""
+        """Whether the epoch had batches and, if the model has a compound loss, used it."""
         if run.parallel is not None:
-            # On all ranks, or what follows would wait for each other.
+            # Raises an error if only some ranks had batches: the others would wait for them.
             known = np.full(len(self.outputs), 0.0 if run.batches else np.nan)
             _ranks.same_on_ranks(known, self._weights, run.parallel)
         if run.batches == 0:
@@ -737,7 +739,7 @@ class LossWeighting(keras.callbacks.Callback):
         return False
 
     def _end_empty_epoch(self, run: Run, epoch: int) -> None:
-        """Ends an epoch without losses."""
+        """Ends an epoch that had no losses."""
         reason = "did not use its compound loss" if run.batches else "had no batches"
         self._messages.append(
             f"holds the loss weights: epoch {epoch + 1} {reason}. (In a custom loop, call "
@@ -747,7 +749,7 @@ class LossWeighting(keras.callbacks.Callback):
         self._warn()
 
     def _epoch_losses(self, run: Run, logs: dict[str, float]) -> tuple[Ledger, Vector]:
-        """The segments of the epoch that ends, and the averages of its losses."""
+        """The segments of the epoch, and the averages of its losses."""
         weights, names = self._weights, self.outputs
         unknown = Segment(weights.vector.current, run.batches, np.full(2 * len(names) + 1, np.nan))
         ledger = run.ledger or [unknown]
@@ -767,17 +769,18 @@ class LossWeighting(keras.callbacks.Callback):
         return ledger, losses
 
     def _rest(self, logs: Mapping[str, float], prefix: str = "") -> float | None:
-        """What the total loss has beside the weighted ones; None if only the total tells.
+        """The part of the total loss that we do not weight; None if only the total tells.
 
-        TensorFlow averages the total over samples, but its parts over batches: where batches differ
-        in size, a difference of the two would be wrong.
+        TensorFlow averages the total over samples, but its parts over batches. If batches differ in
+        size, the difference of the two would be wrong.
         """
         is_tensorflow = keras.backend.backend() == "tensorflow"
-        is_apart, entries = not self._this_run().by_record, self._weights.entries
-        return known_rest(self.model, logs, entries, prefix) if is_tensorflow and is_apart else None
+        is_needed = is_tensorflow and not self._this_run().by_record
+        entries = self._weights.entries
+        return known_rest(self.model, logs, entries, prefix) if is_needed else None
 
     def _check_first_batches(self) -> None:
-        # Once a batch has begun, since TensorFlow builds the losses in it.
+        # Not earlier, because TensorFlow builds the losses in the first batch.
         run, weights = self._this_run(), self._weights
         if run.is_checked:
             return
@@ -810,8 +813,8 @@ class LossWeighting(keras.callbacks.Callback):
                 "`on_epoch_begin`, `on_train_batch_begin` or `on_epoch_end`. If that `fit` was "
                 "interrupted, first call `weighting.on_train_end()`."
             )
-        # On JAX, a model's variables have no value while an epoch runs, other than within its step;
-        # `Callback.model` puts them back, and the next step takes them from there.
+        # On JAX, a model's variables have no values while an epoch runs, except within its step.
+        # `Callback.model` restores them, and the next step reads them again.
         self.model  # noqa: B018
 
     def _shown(self, **arguments: Any) -> str:

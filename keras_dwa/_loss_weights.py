@@ -1,4 +1,4 @@
-"""Live loss weights: the vector that a compiled step reads, its entries, its state in files."""
+"""Live loss weights: the vector that a compiled step reads, its entries, and the saved state."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +25,7 @@ class LossWeight(keras.Variable):
     """
 
     def __init__(self, vector: keras.Variable, index: int, output: str) -> None:
-        # Keras gives every variable storage of its own. Nothing reads this one's.
+        # Keras allocates a value for every variable. Nothing reads this one.
         super().__init__(
             0.0,
             dtype=vector.dtype,
@@ -49,11 +49,11 @@ class LossWeight(keras.Variable):
         return f"<{type(self).__name__} {self.name}>"
 
     def __float__(self) -> float:
-        # Of the host: on JAX, a variable that another thread reads costs that of `fit` its step.
+        # From the host: on JAX, reading a variable in another thread breaks the running step.
         return float(self._vector.current[self._index])
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        # As of the callback. SciKeras's estimators are copied with what they compile.
+        # As for the callback. SciKeras copies estimators together with what they compile.
         return self
 
     __copy__ = __deepcopy__
@@ -74,7 +74,7 @@ class LossWeight(keras.Variable):
 
 
 class SavedWeight(float):
-    """A weight in a config: a float, which only Keras's legacy HDF5 format takes for an object."""
+    """A weight in a config: a float, which only the legacy HDF5 format treats as an object."""
 
     def get_config(self) -> NoReturn:
         raise RuntimeError(
@@ -87,7 +87,7 @@ class LossWeightVector(keras.Variable):
     """All loss weights: a variable of shape `(K,)`.
 
     Attributes:
-        current: the values that it was given last, as it holds them: float64.
+        current: the values it was last set to, rounded to its dtype: float64.
     """
 
     current: Vector
@@ -98,9 +98,9 @@ class LossWeightVector(keras.Variable):
         self.assign(self.current)
 
     def restore(self) -> None:
-        """Undoes what else was assigned.
+        """Sets the variable to `current` again, if something else changed it.
 
-        On JAX, Keras does so to what was assigned as a batch began, if the data then had none.
+        On JAX, Keras undoes what `on_train_batch_begin` assigned if no batch follows.
         """
         found = to_numpy(keras.ops.convert_to_tensor(self))
         if not np.array_equal(found, self.current):
@@ -108,7 +108,7 @@ class LossWeightVector(keras.Variable):
 
 
 class JaxLossWeightVector(LossWeightVector):
-    """One that says where it has no value: a property that `torch.compile` could not trace."""
+    """Explains why it has no value. (`torch.compile` could not trace this property.)"""
 
     @property
     def value(self) -> Any:
@@ -127,17 +127,16 @@ class JaxLossWeightVector(LossWeightVector):
 
 @dataclass(frozen=True)
 class State:
-    """What a weighting knows between two epochs, replaced as a whole.
+    """What a weighting knows between two epochs. It is replaced as a whole.
 
     Attributes:
         factors: what the base weights are multiplied by: float64, shape `(K,)`.
-        scale: the K losses that `adapt` found, which the given base weights are divided by; 1
+        scale: the K losses that `adapt` found, by which the given base weights are divided; 1
             before. Shape `(K,)`.
-        memory: name to array, whatever the rule keeps.
-        periods: how many epochs were closed; with windows, how many batches those had that were.
-        window: of the window that the last epoch left open: the sums of the K losses, each times
-            how much its batches count, these K counts, and the number of batches. Shape
-            `(2K + 1,)`.
+        memory: name to array: what the rule remembers.
+        periods: the number of closed epochs; with windows, of batches in closed windows.
+        window: the window that the last epoch left open: the sums of the K losses, each multiplied
+            by its count in a batch; the K counts; and the number of batches. Shape `(2K + 1,)`.
     """
 
     factors: Vector
@@ -148,12 +147,12 @@ class State:
 
 
 class Marks:
-    """What happened to a record: plain, for Keras's tracking of attributes takes its time.
+    """What happened to a record. A plain object, because Keras's attribute tracking is slow.
 
     Attributes:
-        resets: how often Keras has reset what it sums up.
-        added: whether a compound loss was called since, be it in a trace.
-        is_used: whether the model is compiled as it was when it was shown last.
+        resets: how often Keras has reset its sums.
+        added: whether a compound loss was called since then, if only while a step was traced.
+        is_used: whether the model is still compiled as it was in the last `set_model`.
     """
 
     resets, added = 0, False
@@ -163,12 +162,12 @@ class Marks:
 class LossWeights(keras.metrics.Metric):
     """The loss weights of all outputs, the state of their rule, and what a compound loss records.
 
-    It is a metric because a model hands the variables of its metrics to every step, where JAX would
-    otherwise freeze them, without counting them among its own weights.
+    It is a metric because a model passes the variables of its metrics to every step (JAX would
+    otherwise treat them as constants), but does not count them among its own weights.
 
     Args:
         given: output name to base weight.
-        rules: the names of the rule's class and of those that it derives from, in that order.
+        rules: the names of the rule's class and its base classes, in the order of its MRO.
 
     Attributes:
         names: the outputs' names, in the order of all arrays of shape `(K,)`.
@@ -177,8 +176,8 @@ class LossWeights(keras.metrics.Metric):
         entries: output name to `LossWeight`.
         state: factors, memory, closed periods and the open window.
         record: the `LossRecord`; None until `start_recording`.
-        logged: the outputs whose recorded averages are the model's logs; None where no model was
-            shown yet.
+        logged: the outputs whose recorded averages go into the model's logs; None before
+            `set_model`.
         before_change: called before the state changes, with the new one.
         is_loaded: whether the state was read from a file since the last epoch began.
     """
@@ -196,7 +195,7 @@ class LossWeights(keras.metrics.Metric):
                 autocast=False,
                 name="loss_weights",
             )
-            # In a proxy, where Keras does not look for variables to track.
+            # In a proxy, because Keras does not look for variables in it.
             self.entries = MappingProxyType(
                 {name: LossWeight(self.vector, k, name) for k, name in enumerate(self.names)}
             )
@@ -208,7 +207,7 @@ class LossWeights(keras.metrics.Metric):
         self.reset()
 
     def __reduce__(self) -> Any:
-        # Keras would pickle a saved metric, which holds only what `get_config` gives.
+        # Keras would pickle a saved metric, which has only what `get_config` returns.
         stored: dict[str, Any] = {}
         self.save_own_variables(stored)
         return _unpickle, (self.by_name(self.given), self.rules, stored)
@@ -220,7 +219,7 @@ class LossWeights(keras.metrics.Metric):
     # What a compound loss records.
 
     def start_recording(self) -> LossRecord:
-        """The record, made where there is none yet."""
+        """The record, created on the first call."""
         if self.record is None:
             self.record = LossRecord(len(self.names))
             self.record_variable = self.record.variable  # For Keras to track.
@@ -236,19 +235,18 @@ class LossWeights(keras.metrics.Metric):
             self.record.clear()
 
     def update_state(self, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: a step of one's own may call it on all metrics."""
+        """Does nothing. A custom step may call it on all metrics."""
 
     def reset_state(self) -> None:
-        """Forgets what was recorded, and nothing else.
+        """Clears what was recorded, not the weights.
 
-        Keras calls this at the start of each epoch and of each evaluation, when it resets what it
-        sums up itself.
+        Keras calls this at the start of each epoch and evaluation, when it resets its own sums.
         """
         self.marks.resets += 1
         self.clear_record()
 
     def result(self) -> dict[str, Any]:
-        """The recorded averages as `<name>_loss`, where they are the model's logs."""
+        """The recorded averages as `<name>_loss`, for the outputs in `logged`."""
         logged = (self.names if self.marks.added else ()) if self.logged is None else self.logged
         if self.record is None or not logged or not self.marks.is_used():
             return {}
@@ -282,8 +280,8 @@ class LossWeights(keras.metrics.Metric):
             raise
 
     def _replace(self, state: State, clear_record: bool) -> None:
-        # Even where nothing moves: on JAX, Keras 3.10 compiles the step once more when a variable
-        # of the model is assigned between epochs for the first time.
+        # Even if nothing moves: on JAX, Keras 3.10 compiles the step again when a variable of the
+        # model is assigned between epochs for the first time.
         self.vector.set(scaled_weights(self.given, state.scale) * state.factors)
         self.state = state
         if clear_record:
@@ -298,7 +296,7 @@ class LossWeights(keras.metrics.Metric):
         store["scale"] = self.state.scale
         store["periods"] = np.array(self.state.periods)
         store["window"] = self.state.window
-        # By number, for a name may be none that a file can have.
+        # By number, because a file may not allow the name.
         store["memory"] = _as_array(list(memory))
         for index, value in enumerate(memory.values()):
             store[f"memory_{index}"] = np.asarray(value)
@@ -306,7 +304,7 @@ class LossWeights(keras.metrics.Metric):
     def load_own_variables(self, store: Any) -> None:
         """Reads the state from a weights file; keeps its own if the file has none.
 
-        Another rule's memory is left out: it would be taken for this one's.
+        It ignores the memory of another rule.
         """
         if not store.keys():
             return
@@ -338,7 +336,7 @@ class LossWeights(keras.metrics.Metric):
 
 
 def _check_field(store: Any, field: str, size: int) -> None:
-    """Raises a ValueError unless a weights file has this field of the state of `size` losses."""
+    """Raises a ValueError unless a weights file has a valid `field` for `size` losses."""
     found = np.asarray(store[field]) if field in set(store.keys()) else np.array(None)
     is_number = found.dtype.kind in "iuf"
     if field == "periods":
@@ -347,7 +345,7 @@ def _check_field(store: Any, field: str, size: int) -> None:
         is_window = field == "window"
         is_valid = is_number and found.shape == ((2 * size + 1,) if is_window else (size,))
         if is_valid:
-            # The first of a window are sums of losses: any numbers.
+            # A window starts with sums of losses, which may be any numbers.
             checked = found[size:] if is_window else found
             is_valid = (np.isfinite(checked) & (checked >= 0)).all()
             is_valid = is_valid and (field != "scale" or found.all())

@@ -1,4 +1,4 @@
-"""The losses of all processes that train one model: the ranks of torch's process group."""
+"""The losses of all processes that train one model: the ranks of a torch process group."""
 
 import json
 import math
@@ -18,11 +18,11 @@ def total_of_ranks(sums: Vector, weights: LossWeights) -> Vector:
     """The sums over all ranks. Every rank must call it.
 
     Args:
-        sums: this rank's: float64, the last of them a count.
-        weights: those of the weighting.
+        sums: this rank's sums: float64, the last one a count.
+        weights: the callback's weights.
 
     Raises:
-        RuntimeError: on all ranks, if only some counted anything, or they are not at one state.
+        RuntimeError: on all ranks, if only some counted anything, or their states differ.
     """
     rows = _of_ranks(sums, weights)
     empty = [rank for rank, row in enumerate(rows) if row[-1] == 0]
@@ -39,9 +39,9 @@ def total_in_fit(sums: Vector, weights: LossWeights, parallel: Any) -> Vector:
     """The sums over the ranks that train one model in `fit`.
 
     Args:
-        sums: this rank's: float64.
-        weights: those of the weighting.
-        parallel: torch's `DistributedDataParallel` in which the model trains; None for one rank.
+        sums: this rank's sums: float64.
+        weights: the callback's weights.
+        parallel: the `DistributedDataParallel` in which the model trains; None for one rank.
     """
     if parallel is None:
         return sums
@@ -53,15 +53,15 @@ def same_on_ranks(averages: Vector, weights: LossWeights, parallel: Any = None) 
     """The averages of the losses that all ranks have. Every rank must call it.
 
     Args:
-        averages: this rank's: float64, shape `(K,)`.
-        weights: those of the weighting.
-        parallel: torch's `DistributedDataParallel` in which the model trains, if in one.
+        averages: this rank's averages: float64, shape `(K,)`.
+        weights: the callback's weights.
+        parallel: the `DistributedDataParallel` in which the model trains, if any.
 
     Raises:
-        RuntimeError: on all ranks, if the averages differ, or they are not at one state.
+        RuntimeError: on all ranks, if their averages or states differ.
     """
-    # In the size of the sums, for ranks that call `step` without averages. To those, this rank
-    # then has recorded nothing.
+    # In the size of the sums, in case other ranks call `step` without averages. They then find that
+    # this rank recorded nothing.
     rows = _of_ranks(np.append(averages, 0.0), weights, parallel)[:, :-1]
     _check_same("averages of the losses", rows, "Pass averages over all ranks.")
     same: Vector = rows[0]
@@ -78,10 +78,10 @@ def _of_ranks(values: Vector, weights: LossWeights, parallel: Any = None) -> NDA
     known = np.append(weights.vector.current, weights.state.periods)
     names = list(weights.names)
     row = np.concatenate([[zlib.crc32(json.dumps(names).encode())], known, values])
-    # In a width that ranks with other outputs have, too.
+    # Padded, so that ranks with other outputs have the same width.
     width = max(64, 2 ** math.ceil(math.log2(len(row))))
     tensor = torch.zeros((size, width), dtype=torch.float64, device=weights.vector.value.device)
-    # Each adds a row of its own: the sum is exact, and says which ranks differ.
+    # Each rank fills its own row, so the sum is exact and shows which ranks differ.
     tensor[torch.distributed.get_rank(group), : len(row)] = torch.as_tensor(row)
     torch.distributed.all_reduce(tensor, group=group)
     rows: NDArray[np.float64] = tensor.cpu().numpy()

@@ -1,4 +1,4 @@
-"""What one run of `fit` must remember: made as it begins, dropped as it ends."""
+"""What the callback remembers during one run of `fit`."""
 
 import math
 import threading
@@ -12,26 +12,26 @@ from keras_dwa._sums import NewSums
 
 
 class Run:
-    """One run of `fit`, or of a loop that calls a callback's hooks.
+    """One run of `fit`, or of a custom loop that calls the callback's hooks.
 
     Args:
         model: the model that is trained.
-        params: what `fit` gave to its callbacks.
-        sums: what is new in the sums of its losses.
-        by_record: whether a compound loss records them.
-        parallel: torch's `DistributedDataParallel` in which the model trains, if in one.
-        begins_window: whether no window is open as it begins.
+        params: the `params` that `fit` passes to callbacks.
+        sums: reads the new sums of the losses.
+        by_record: whether a compound loss records the losses.
+        parallel: the `DistributedDataParallel` in which the model trains, if any.
+        begins_window: whether the run starts with a new window.
         moves_within: whether the weights move within epochs by themselves.
 
     Attributes:
         thread: the thread of the run.
-        moves_within: whether the weights move within epochs, or did so once.
-        next: the batch before which there is something to do; 0 until one begins.
-        is_checked: whether it was checked what the first batches used.
+        moves_within: whether the weights move within epochs, or have done so once.
+        next: the next batch before which the callback has something to do; 0 until one begins.
+        is_checked: whether the losses of the first batches were checked.
         has_logs: whether the logs of a batch were checked.
         begun: the batch that began last; 0 before the first of an epoch.
         ledger: the segments of the epoch so far.
-        validation: the weights and the recorded averages of the epoch's validation, if it had one.
+        validation: the weights and recorded averages of the epoch's validation, if any.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Run:
         self.sums, self.by_record, self.parallel = sums, by_record, parallel
         self.begins_window, self.moves_within = begins_window, moves_within
         self._steps_per_execution = model.steps_per_execution
-        # Now, for `evaluate(callbacks=...)` gives others.
+        # Read now, because `evaluate(callbacks=...)` replaces `params`.
         self._steps = (params or {}).get("steps") or math.inf
         self.is_checked = self.has_logs = False
         self.begin_epoch()
@@ -58,22 +58,22 @@ class Run:
         self.begun = 0
         self._ended = -1
         self.ledger: list[Segment] = []
-        # What of the epoch was read, in batches; where the open window begins in the ledger.
+        # How many batches of the epoch were read; where the open window begins in the ledger.
         self._read = self._window = 0
         self.validation: tuple[Vector, Vector | None] | None = None
 
     def end_batch(self, batch: int) -> None:
-        """A batch has ended, unless it is one of an earlier `fit`, which Keras may tell late."""
+        """Notes that a batch has ended. Ignores late calls from an earlier `fit`."""
         if self.begun <= batch < self.begun + self._steps_per_execution:
             self._ended = batch
 
     @property
     def batches(self) -> int:
-        """How many batches of the epoch are done, where Keras waits for their ends."""
+        """How many batches of the epoch are done. Valid when Keras has waited for their ends."""
         if self._ended < self.begun:
             return self.begun
-        # Keras 3.10 gives the end of a call of several steps the number of its first; in 3.15, one
-        # that is not full has those, too, that it lacks.
+        # With several steps per execution, Keras 3.10 reports the first batch of a call as its end,
+        # and Keras 3.15 counts batches that an incomplete call lacks.
         return int(min(self.begun + self._steps_per_execution, self._steps))
 
     @property
@@ -85,12 +85,13 @@ class Run:
         """Adds the batches that are not in the ledger yet.
 
         Args:
-            weights: the weights that they had.
-            end: how many batches of the epoch there are up to the last of them. None where Keras
-                waits for no ends, so that it may be one less: they count with the next segment.
+            weights: their weights.
+            end: the number of batches from the start of the epoch to the last of them. None if
+                Keras has not waited for their ends, and the number may be off by one: they then
+                count with the next segment.
 
         Returns:
-            Whether a reset took their losses.
+            Whether a reset lost their losses.
         """
         is_reset, new = self.sums.is_reset, self.sums.take(weights)
         begun = self.begun + self._steps_per_execution if end is None else end
@@ -109,7 +110,7 @@ class Run:
         return batches - (self.ledger[self._window - 1].end if self._window else 0)
 
     def window(self, before: Vector) -> Vector:
-        """`State.window` with the batches in the ledger added to those of earlier epochs."""
+        """`State.window`: the batches of earlier epochs (`before`) and of the ledger."""
         sums = [segment.sums[:-1] for segment in self.ledger[self._window :]]
         known = sum((new for new in sums if np.isfinite(new[-1])), before[:-1])
         return np.append(known, before[-1] + self.in_window(self.in_ledger))

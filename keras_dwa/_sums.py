@@ -1,4 +1,4 @@
-"""What Keras, or a compound loss, has summed up of the losses since it was last asked."""
+"""What Keras, or a compound loss, has added to its sums of losses since the last reading."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from keras_dwa._loss_weights import Marks
 
 
 class NewSums:
-    """The sums of the batches since they were last taken, of all ranks that train one model.
+    """The sums of the batches since the last `take`, over all ranks that train one model.
 
     Args:
-        source: where they come from.
-        marks: those of the metric that Keras resets when it resets the sums.
+        source: where the sums come from.
+        marks: the marks of the metric that Keras resets together with the sums.
         over_ranks: a function that adds up the arrays of all ranks.
     """
 
@@ -30,17 +30,17 @@ class NewSums:
         self._resets = marks.resets
 
     def begin(self) -> None:
-        """An epoch begins, for which Keras has reset the sums."""
+        """Starts from zero, as Keras does at the start of an epoch."""
         self._source.clear()
         self._resets = self._marks.resets
 
     @property
     def is_reset(self) -> bool:
-        """Whether the sums were reset since they were last taken, which lost what was new."""
+        """Whether the sums were reset since the last `take`, so that new ones are lost."""
         return self._resets != self._marks.resets
 
     def take(self, weights: Vector) -> Vector:
-        """What is new: a `Segment.sums` of batches with these weights, NaN if it is not known."""
+        """The `Segment.sums` of new batches, which had these weights. NaN if unknown."""
         new = self._source.take(weights)
         if self.is_reset:
             new = np.full_like(new, np.nan)
@@ -49,14 +49,14 @@ class NewSums:
 
 
 class TrackerSums:
-    """What Keras takes the averages in its logs from: the metrics that it tracks the losses by."""
+    """The sums in the metrics from which Keras computes the averages in its logs."""
 
     def __init__(self, model: keras.Model, names: tuple[str, ...]) -> None:
         self._model, self._names = model, names
         self.clear()
 
     def clear(self) -> None:
-        """Takes them to be zero."""
+        """Assumes that all sums are zero."""
         self._taken = np.zeros(2 * len(self._names) + 1)
 
     def take(self, weights: Vector) -> Vector:
@@ -74,7 +74,7 @@ class TrackerSums:
             new = sums - self._taken
         self._taken = sums
         if is_weighted:
-            new[0] /= weights[0] or np.nan  # What it was at weight 0, nothing tells.
-        # A step of the user's own may leave `loss` alone.
+            new[0] /= weights[0] or np.nan  # At weight 0, the unweighted loss is unknown.
+        # A custom step may not update `loss`.
         new[-1] = new[-1] or new[len(keys)]
         return new

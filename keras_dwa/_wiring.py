@@ -1,4 +1,4 @@
-"""How a weighting and its model are put together, and what is wrong where they are not."""
+"""Connects a weighting and its model, and finds what is wrong with the connection."""
 
 import weakref
 from collections import Counter
@@ -16,18 +16,18 @@ from keras_dwa._loss_weights import LossWeight, LossWeights
 
 
 def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -> None:
-    """Raises a ValueError with all that is wrong with `model`, in the order in which to mend it.
+    """Raises a ValueError with all that is wrong with `model`, in the order in which to fix it.
 
     Args:
-        model: a model, compiled if it is to be trained by `fit`.
-        weights: those of the callback.
-        in_fit: whether Keras trains it, so that a step of its own must have a compound loss.
+        model: a model, compiled if `fit` trains it.
+        weights: the callback's weights.
+        in_fit: whether `fit` trains it, so that a custom step needs a compound loss.
     """
     problems, has_record = [], weights.record is not None
     if in_fit or not lacks_compound_loss(model, has_record):
         problem = losses_problem(model, weights.entries, has_record)
         problems += [problem] if problem else []
-        # Whether weights that are not attached yet would be hidden, is a guess.
+        # For weights that are not attached yet, this is a guess.
         if (problems or is_tracked(model, weights)) and _hides(model, weights):
             problems.append(_hidden(model))
     if not isinstance(former := getattr(model, weights.name, None), LossWeights | None):
@@ -42,7 +42,7 @@ def check_model(model: keras.Model, weights: LossWeights, in_fit: bool = True) -
 
 
 def is_tracked(model: keras.Model, weights: LossWeights) -> bool:
-    """Whether `model` hands the weights to its steps, unless its `metrics` hides them."""
+    """Whether `model` passes the weights to its steps, unless its `metrics` hides them."""
     tracked = {id(variable) for metric in tracked_metrics(model) for variable in metric.variables}
     return tracked.issuperset(map(id, weights.variables))
 
@@ -55,7 +55,7 @@ def _hidden(model: keras.Model) -> str:
 
 
 def _hides(model: keras.Model, weights: LossWeights) -> bool:
-    """Whether `model.metrics` keeps the weights from a step on JAX."""
+    """Whether `model.metrics` hides the weights from a step on JAX."""
     needed = weights.variables
     if not is_tracked(model, weights):
         needed = [variable for metric in tracked_metrics(model) for variable in metric.variables]
@@ -64,49 +64,49 @@ def _hides(model: keras.Model, weights: LossWeights) -> bool:
 
 
 def tracked_metrics(model: keras.Model) -> list[keras.metrics.Metric]:
-    """The metrics that `model` tracks, whatever an override of `metrics` shows."""
+    """The metrics that `model` tracks, even if it overrides `metrics`."""
     metrics: list[keras.metrics.Metric] = keras.Model.metrics.fget(model)
     return metrics
 
 
 def records(model: keras.Model, weights: LossWeights) -> bool:
-    """Whether the weights enter through a compound loss, rather than through `compile`."""
+    """Whether `model` gets the weights from a compound loss instead of `compile`."""
     return weights.record is not None and not is_compiled_with(model, weights.entries)
 
 
 def attach(model: keras.Model, weights: LossWeights) -> None:
-    """Sets the weights as an attribute of `model`, unless a compound loss that it has did."""
+    """Sets the weights as an attribute of `model`, unless its compound loss tracks them."""
     if not is_tracked(model, weights):
         track(model, weights)
     if weights.logged:
-        # As `compile` does: a step that TensorFlow traced before does not return our logs.
+        # As `compile` does, because a step that TensorFlow traced before does not return our logs.
         model.train_function = model.test_function = None
     if not lacks_compound_loss(model, weights.record is not None) and _hides(model, weights):
         raise ValueError(_hidden(model))
 
 
 def logged_by_record(model: keras.Model, weights: LossWeights) -> tuple[str, ...]:
-    """The outputs whose recorded losses go into the logs: those that no tracker of `model` logs."""
+    """The outputs whose recorded losses we log, because no tracker of `model` does."""
     if not records(model, weights):
         return ()
-    # A compound loss is a metric, too.
+    # A compound loss is also a metric.
     trackers = {m.name for m in model.metrics if not isinstance(m, keras.losses.Loss)}
     return tuple(name for name in weights.names if f"{name}_loss" not in trackers)
 
 
 def stays_compiled(model: keras.Model) -> Callable[[], bool]:
-    """A function that tells whether `model` has the losses that it has now."""
+    """A function that tells whether `model` still has its current `loss`."""
     reference, loss = weakref.ref(model), model.loss
 
     def has_same_loss() -> bool:
-        shown = reference()
-        return shown is None or shown.loss is loss
+        alive = reference()
+        return alive is None or alive.loss is loss
 
     return has_same_loss
 
 
 def check_attached(model: keras.Model | None, weights: LossWeights, callback: Any) -> None:
-    """Raises an error unless the `fit` that begins trains `model` by this weighting alone."""
+    """Raises an error unless this weighting is the one that `model` tracks."""
     if model is None:
         raise RuntimeError(
             f"{callback!r} was given no model. Write\n"
@@ -123,7 +123,7 @@ def check_attached(model: keras.Model | None, weights: LossWeights, callback: An
 
 
 def check_no_fit(is_running: bool) -> None:
-    """Raises a RuntimeError if a `fit` is under way, or was broken off."""
+    """Raises a RuntimeError if a `fit` is running or was interrupted."""
     if is_running:
         raise RuntimeError(
             "`step` ends an epoch, which `fit` does itself. To read the weights, write\n"
@@ -134,9 +134,9 @@ def check_no_fit(is_running: bool) -> None:
 
 
 def check_metrics(model: keras.Model, names: Sequence[str]) -> None:
-    """Raises a ValueError if the logs of an output's loss would be those of another metric."""
+    """Raises a ValueError if another metric would replace an output's loss in the logs."""
     keys = Counter(metric.name for metric in model.metrics)
-    # One is Keras's own.
+    # One of them is Keras's own.
     if clashing := [key for name in names if keys[key := f"{name}_loss"] > 1]:
         raise ValueError(
             f"`model` has other metrics named {clashing}, which would replace the outputs' losses "
@@ -145,11 +145,11 @@ def check_metrics(model: keras.Model, names: Sequence[str]) -> None:
 
 
 def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
-    """Raises a ValueError if a compound loss was called in a step in which it has no effect.
+    """Raises a ValueError if a compound loss was called in a step, but has no effect there.
 
     Args:
         by_record: whether the model was compiled without the weights.
-        is_called: whether a compound loss was called in the steps so far, be it in a trace.
+        is_called: whether a step has called a compound loss, if only while it was traced.
         is_recorded: whether it recorded anything.
     """
     if is_recorded and not by_record:
@@ -167,18 +167,18 @@ def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
 
 
 def check_nested(model: keras.Model, logs: Mapping[str, float], weighted: float) -> None:
-    """Raises a ValueError if losses that `compile` has weighted are a term of the compound loss.
+    """Raises a ValueError if losses that `compile` weighted are a term of the compound loss.
 
     Args:
         model: a model with a compound loss.
-        logs: those of an epoch.
-        weighted: the weighted sum of the compound loss in it.
+        logs: the logs of an epoch.
+        weighted: the epoch's weighted sum of the compound loss.
     """
     compiled = keras.tree.flatten(compiled_loss_weights(model))
     inner = {weight.output: float(weight) for weight in compiled if isinstance(weight, LossWeight)}
-    # A weighting that is listed before may have gone over to those of the next epoch.
+    # Logs first: a weighting that is listed earlier may already have moved its weights.
     part = sum(logs.get(f"{n}_weight", w) * logs.get(f"{n}_loss", 0.0) for n, w in inner.items())
-    # Where the two are added, the rest of the total is that part.
+    # If the two were added, the total would be larger by that part.
     if abs(logs.get("loss", np.nan) - weighted) < 0.2 * abs(part):
         raise ValueError(
             "A compound loss weights a sum of losses that `compile` already weighted: "
@@ -189,7 +189,7 @@ def check_nested(model: keras.Model, logs: Mapping[str, float], weighted: float)
 
 
 def unused_message(model: keras.Model) -> str:
-    """What to tell of a model that did not call its compound loss in its first epoch."""
+    """The message for a model that did not call its compound loss in its first epoch."""
     return (
         "`model` was not compiled with the loss weights, and never called the compound loss. "
         f"Call it in `{own_step(model)}`, or write\n"
@@ -204,16 +204,16 @@ def static_sums(
     static: Vector,
     weights: Mapping[str, float],
 ) -> NDArray[np.bool_]:
-    """Which sums under weights that do not move the total loss was in every epoch so far.
+    """Which of the sums under static weights the total loss has equalled in every epoch so far.
 
-    Raises a ValueError if such weights clearly differ from those of the epoch: those do not reach
-    the loss.
+    Raises a ValueError if it equals such a sum although the weights have clearly moved: they do not
+    reach the loss.
 
     Args:
-        suspects: which they were until now. Shape `(n,)`.
+        suspects: the result for the epochs before. Shape `(n,)`.
         total: the total loss of an epoch.
         parts: what each loss adds to it under the weights of the epoch. Shape `(K,)`.
-        static: the sums: under base weights, and the last one under none. Shape `(n,)`.
+        static: the sums: under base weights, and the last one under no weights. Shape `(n,)`.
         weights: the weights of the epoch by output name, for the message.
     """
     weighted = float(parts.sum())
