@@ -65,3 +65,13 @@ def test_version_is_the_same_everywhere(file, pattern):
 def test_code_and_output_fit_on_the_page(page):
     blocks = re.findall(r"^```.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
     assert [line for line in "\n".join(blocks).splitlines() if len(line) > 80] == []
+
+
+def test_troubleshooting_has_the_messages_that_there_are():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    ours = page.partition("## What it notices")[2].partition("## Errors that Keras")[0]
+    phrases = [part for phrase in re.findall(r'"(.+?)"', ours) for part in phrase.split("...")]
+    code = "".join(path.read_text() for path in (ROOT / "keras_dwa").glob("*.py"))
+    messages = re.sub(r'"\s+f?"', "", code)
+    assert [part for part in phrases if part.strip() not in messages] == []
+    assert len(phrases) > 40
