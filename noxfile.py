@@ -1,4 +1,4 @@
-"""`nox` runs what a change must pass, `nox -s quick` a part, `nox -s deep` the rest."""
+"""`nox` runs what a change must pass, `nox -s quick` a part of it, `nox -s deep` the rest."""
 
 import re
 import zipfile
@@ -34,7 +34,7 @@ OF_THE_HOST = [
     f"docs/{name}.md" for name in ("choosing", "known_rules", "plots", "steady", "tuning")
 ]
 PACKAGE = ["tests", "keras_dwa"]
-# What shows most.
+# The most telling tests.
 QUICK = [
     f"tests/test_{name}.py"
     for name in (
@@ -52,9 +52,9 @@ DEPEND_ON_KERAS = [
 DEPEND_ON_TENSORFLOW = [
     f"tests/test_{name}.py" for name in ("compound_loss", "fit", "one_output", "saving", "windows")
 ]
-# What runs code of torch alone.
+# Tests of code that only runs on torch.
 TORCH_ALONE = ["tests/test_ranks.py", "tests/test_backends.py"]
-# What runs in other processes for the most part, and covers nothing that others do not.
+# Tests that mostly run in other processes, and cover nothing that others do not.
 IN_PROCESSES = [
     f"tests/test_{name}.py" for name in ("examples", "benchmarks", "distribution", "killed")
 ]
@@ -77,7 +77,7 @@ OTHER_TOOLS = [
 
 
 def install(session, *packages):
-    # What is imported is compiled then, which takes less than to compile all of it now.
+    # Modules are compiled when imported, which is faster than compiling all of them now.
     session.install("--no-compile", "-c", "constraints.txt", *packages)
 
 
@@ -88,14 +88,14 @@ def install_all_backends(session):
 
 def run_tests(session, backend, *arguments, runner=("pytest",), caches=True):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
-    # The suite compiles far longer than it runs what is compiled, and much of it more than once.
+    # The suite spends far longer on compiling than on running, and compiles much more than once.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
     if caches:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(session.cache_dir.absolute() / "jax")
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    # Many tests start processes, and to compile TensorFlow's Python files takes most of an import.
+    # Many tests start processes, and compiling TensorFlow's Python files is most of an import.
     environment["PYTHONDONTWRITEBYTECODE"] = ""
-    # A file is for one worker, since one block of the README builds on another.
+    # Each file runs in one worker, because the blocks of a page build on each other.
     session.run(*runner, "-n", "2", "--dist", "loadfile", *arguments, env=environment)
 
 
@@ -112,7 +112,7 @@ def lint(session):
 
 @nox.session
 def types(session):
-    # Without Keras, which has no types.
+    # Without Keras, because it has no types.
     install(session, "mypy", "numpy", "matplotlib")
     session.run("mypy")
 
@@ -121,14 +121,14 @@ def types(session):
 def docs(session):
     """The manual as a site, in `site/`: every link and reference holds."""
     install(session, "mkdocs-material", "mkdocstrings[python]", "ruff")
-    # With `--quiet`, nothing is strict.
+    # With `--quiet`, `--strict` would have no effect.
     session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session
 @nox.parametrize("backend", list(BACKENDS))
 def tests(session, backend):
-    """The suite with the examples in short, the docstrings' code, and the README's."""
+    """The suite, with short runs of the examples and the code of docstrings and pages."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
     others = [] if backend == "jax" else [f"--ignore={page}" for page in OF_THE_HOST]
     run_tests(session, backend, *others, *MANUAL, *PACKAGE)
@@ -136,7 +136,7 @@ def tests(session, backend):
 
 @nox.session(default=False, reuse_venv=True)
 def quick(session):
-    """While you work: style, types, and on JAX what shows most."""
+    """While you work: style, types, and the most telling tests on JAX."""
     install(session, "ruff", "mypy", KERAS, *BACKENDS["jax"], *TEST_TOOLS)
     check_style(session)
     session.run("mypy")
@@ -145,7 +145,7 @@ def quick(session):
 
 @nox.session(default=False, venv_backend="none")
 def deep(session):
-    """What is worth running, not worth waiting for: beyond what `nox` runs."""
+    """Tests beyond what `nox` runs: worth running, but not worth waiting for."""
     for backend in BACKENDS:
         session.notify(f"rest(backend='{backend}')")
     for backend in OLDEST:
@@ -157,10 +157,10 @@ def deep(session):
 @nox.session(default=False)
 @nox.parametrize("backend", list(BACKENDS))
 def rest(session, backend):
-    """The tests that `nox` leaves out; on JAX all, since they cover every branch."""
+    """The tests that `nox` leaves out. On JAX all tests, to cover every branch."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "coverage", ".")
     if backend == "jax":
-        # Which takes all branches but torch's own. Tracing doubles the time, on Python 3.11.
+        # JAX covers all branches except torch's. On Python 3.11, tracing doubles the time.
         session.run("coverage", "erase")
         others = [f"--ignore={path}" for path in IN_PROCESSES]
         run_tests(session, backend, "-m", "", *others, *PACKAGE, runner=TRACED)
@@ -178,8 +178,8 @@ def rest(session, backend):
 @nox.session(default=False)
 @nox.parametrize("backend", list(OLDEST))
 def oldest(session, backend):
-    """On the oldest Keras, JAX and TensorFlow: what depends on their versions."""
-    # Without the constraints, which are for the newest.
+    """Tests that depend on versions, with the oldest Keras, JAX and TensorFlow."""
+    # Without the constraints, which are for the newest versions.
     session.install("--no-compile", OLDEST_KERAS, *OLDEST[backend], *TEST_TOOLS, ".")
     tests = DEPEND_ON_KERAS if backend == "jax" else DEPEND_ON_TENSORFLOW
     # What JAX 0.4.38 reads from its cache computes something else where buffers are donated.
@@ -188,7 +188,7 @@ def oldest(session, backend):
 
 @nox.session(default=False)
 def coverage(session):
-    """Every branch of the package ran in `rest`."""
+    """Checks that `rest` ran every branch of the package."""
     install(session, "coverage")
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
@@ -196,7 +196,7 @@ def coverage(session):
 
 @nox.session(default=False)
 def package(session):
-    """What would be published: built, and shown as it would be. `-- FOLDER` keeps it there."""
+    """Builds the package and checks how it would be published. `-- FOLDER` keeps the files."""
     install(session, "build", "twine")
     folder = Path(*session.posargs or [session.create_tmp()])
     session.run("python", "-m", "build", "--outdir", folder, silent=True)
@@ -208,7 +208,7 @@ def package(session):
 
 @nox.session(default=False)
 def readme(session):
-    """What a newcomer does: the README's commands, then its code, in a new environment."""
+    """Does what a new user does: the README's commands, then its code, in a new environment."""
     blocks = re.findall(r"```(\w+)\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     commands, *_ = (block for language, block in blocks if language == "sh")
     script = Path(session.create_tmp(), "readme.py")
@@ -219,9 +219,9 @@ def readme(session):
 @nox.session(default=False)
 @nox.parametrize("backend", list(BACKENDS))
 def nightly(session, backend):
-    """On tomorrow's Keras."""
+    """The suite on the nightly Keras."""
     install(session, *BACKENDS[backend], *TEST_TOOLS)
-    # TensorFlow brings a released Keras, in whose place the nightly goes.
+    # TensorFlow installs a released Keras. Replaces it by the nightly one.
     session.run("pip", "uninstall", "--yes", "keras", silent=True)
     session.install("--pre", "--upgrade", "keras-nightly")
     session.install("--no-deps", ".")
@@ -230,16 +230,16 @@ def nightly(session, backend):
 
 @nox.session(default=False)
 def benchmarks(session):
-    """Measures the tables of `benchmarks/README.md` anew. About an hour."""
+    """Measures the tables of `benchmarks/README.md` again. Takes about an hour."""
     install_all_backends(session)
-    # It requires torchvision, which its weightings do not import.
+    # It requires torchvision, but its weightings do not import it.
     session.install("--no-deps", "LibMTL==1.1.5")
     session.run("python", "benchmarks/run.py", *session.posargs)
 
 
 @nox.session(default=False)
 def study(session):
-    """Trains what the study of `docs/evidence.md` lacks, and writes its tables and pictures."""
+    """Trains the missing runs of the study of `docs/evidence.md`; writes tables and pictures."""
     install_all_backends(session)
     session.run("python", "benchmarks/study/run.py", *session.posargs)
 
@@ -259,7 +259,7 @@ def third_party(session, backend):
 def other_tools(session, backend):
     """The manual's page about loggers and searches of other packages, with those packages."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
-    # They require older packages than the constraints have. Their own warnings are theirs.
+    # They require older packages than the constraints, and raise warnings themselves.
     session.install("--no-compile", *OTHER_TOOLS)
     run_tests(session, backend, "-W", "default", "docs/other_tools.md")
 
@@ -277,7 +277,7 @@ def properties(session, backend):
 @nox.session(default=False)
 @nox.parametrize("backend", ["torch", "jax"])
 def mutants(session, backend):
-    """Which changes of the code no test notices; `[tool.mutmut]` says where. Several hours."""
+    """Finds changes of the code that no test notices. See `[tool.mutmut]`. Takes several hours."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "mutmut", "mypy", ".")
     # One thread in each of the forked processes.
     session.env.update({"KERAS_BACKEND": backend, "OMP_NUM_THREADS": "1"})

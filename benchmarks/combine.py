@@ -1,14 +1,16 @@
-"""`CompoundLoss.combine` in loops of one's own, against what people would write or use instead.
+"""`CompoundLoss.combine` in custom loops, against what people would write or use instead.
 
     KERAS_BACKEND=torch python benchmarks/combine.py
 
-On torch, in eager mode, that is the DWA of TorchJD and of LibMTL, as far as installed: first of K
-scalars that are leaves, then of one tensor of them, then in the step of a model. On JAX under `jit`
-and on TensorFlow under `tf.function` it is the sum of the terms times constants, in the step of a
-model. Ours records the terms, as TorchJD does; the constants do not, and LibMTL has its trainer do
-it. Each round has all of them in turn, in one process. Beside the times stands how many operations
-there are: calls that torch's profiler sees, and on a GPU those that launch a kernel or a copy; what
-XLA's compiled step calls on JAX; nodes of TensorFlow's graph, but constants.
+On torch, in eager mode, the alternatives are the DWA of TorchJD and of LibMTL, if installed: first
+for K scalars that are leaves, then for one tensor of them, then in the step of a model. On JAX
+under `jit` and on TensorFlow under `tf.function`, the alternative is the sum of the terms times
+constants, in the step of a model. Ours and TorchJD record the terms. The constants do not, and in
+LibMTL the trainer does. In each round, all take turns in one process.
+
+The table also counts operations: on torch, the calls that its profiler sees (on a GPU, only
+launches of kernels and copies); on JAX, what XLA's compiled step calls; on TensorFlow, the nodes of
+the graph except constants.
 """
 
 import importlib
@@ -32,7 +34,7 @@ SAMPLES, WIDTH = 32, 64
 
 
 def new_compound(outputs):
-    """A compound loss whose weights differ, as in its third epoch."""
+    """A compound loss with unequal weights, as in the third epoch."""
     dwa = DynamicWeightAverage(names(outputs))
     for epoch in (1, 2):
         dwa.step({name: 1.0 + k / epoch for k, name in enumerate(names(outputs))})
@@ -44,7 +46,7 @@ def new_combine(outputs):
 
 
 def device():
-    """Where Keras puts torch's variables."""
+    """The device on which Keras puts torch variables."""
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -65,10 +67,10 @@ def torchjd(outputs):
 
 
 def libmtl(outputs):
-    """LibMTL's DWA in its third epoch, which goes backward at once; None if it is not installed."""
+    """LibMTL's DWA in its third epoch, which calls `backward` itself; None if not installed."""
     if not (found := importlib.util.find_spec("LibMTL")):
         return None
-    # Its `__init__` imports torchvision, which its weightings do not need.
+    # Its `__init__` imports torchvision, which the weightings do not need.
     package = sys.modules["LibMTL"] = types.ModuleType("LibMTL")
     package.__spec__, package.__path__ = found, found.submodule_search_locations
     dwa = importlib.import_module("LibMTL.weighting.DWA").DWA()
@@ -80,7 +82,7 @@ def libmtl(outputs):
 def torch_rows(outputs, rounds, times):
     import torch
 
-    # Small tensors: more threads would only disturb one another.
+    # For small tensors, more threads only disturb one another.
     torch.set_num_threads(1)
     combine, scalarize, go_back = (make(outputs) for make in (new_combine, torchjd, libmtl))
     trunk = torch.nn.Sequential(torch.nn.Linear(16, WIDTH), torch.nn.ReLU()).to(device())
@@ -91,7 +93,7 @@ def torch_rows(outputs, rounds, times):
     leaves = [rand((), requires_grad=True) for _ in range(outputs)]
     vector = rand(outputs, requires_grad=True)
     named = names(outputs)
-    # Who makes a loss of K scalars, and who of a tensor.
+    # Which ones take K scalars, and which take a tensor.
     of_scalars = {"keras_dwa": lambda losses: combine(dict(zip(named, losses, strict=True)))}
     of_tensor = {"keras_dwa": combine}
     if scalarize:
@@ -130,7 +132,7 @@ def torch_rows(outputs, rounds, times):
 
 
 def to_the_end(run, times):
-    """The seconds of one of several runs, until a GPU that they keep busy is done, too."""
+    """The seconds per run over several runs, until a GPU is also done."""
     import torch
 
     def runs():
@@ -143,7 +145,7 @@ def to_the_end(run, times):
 
 
 def calls(run):
-    """How many torch's profiler sees: on a GPU, launches of kernels and copies, or else all."""
+    """The operations that torch's profiler sees: on a GPU, only launches of kernels and copies."""
     import torch
 
     to_the_end(run, 2)
@@ -243,7 +245,7 @@ def main():
     if arguments.quick:
         rounds, times, all_outputs = 2, 2, (2,)
     elif BACKEND == "jax":
-        all_outputs = (2, 8, 9, 32)  # Between 8 and 9, a step with constants slows down, too.
+        all_outputs = (2, 8, 9, 32)  # Between 8 and 9, a step with constants also slows down.
     rows_of = torch_rows if BACKEND == "torch" else compiled_rows
     rows = [row for outputs in all_outputs for row in rows_of(outputs, rounds, times)]
     columns = ["backend", "what", "K", "against", "µs", "keras_dwa / other", "operations"]

@@ -1,22 +1,22 @@
-"""The training step on 1, 2 and 4 devices: DWA against static weights on as many devices.
+"""The training step on 1, 2 and 4 devices: DWA against static weights on the same devices.
 
     KERAS_BACKEND=jax python benchmarks/devices.py
 
-The devices are parts of one CPU, so that the times say what the weights add, not what devices save.
-JAX trains by `fit` under `keras.distribution.DataParallel`; TensorFlow by `fit` under
-`MirroredStrategy` (with `ReductionToOneDevice`: TensorFlow's default keeps to groups of one size in
-a process); torch by a loop, in a process for each device, under
-`DistributedDataParallel`, with a `CompoundLoss` and `step` at the end of an epoch. A device has as
-many samples of a batch however many there are.
+The devices are parts of one CPU, so the times show what the weights add, not what devices save. JAX
+trains with `fit` under `keras.distribution.DataParallel`; TensorFlow with `fit` under
+`MirroredStrategy` (with `ReductionToOneDevice`, because TensorFlow's default keeps to groups of one
+size in a process); torch with a loop, in a process for each device, under
+`DistributedDataParallel`, with a `CompoundLoss` and `step` at the end of an epoch. The number of
+samples per device does not depend on the number of devices.
 
-Both ways train epochs in turn, in the same process: the time is the ratio within a round, as the
-median, with the quartiles, and includes the end of the epoch. Not on TensorFlow: there each `fit`
-under a strategy takes seconds before its first step, so that the steps are timed that `fit` made,
-without callbacks.
+Both ways train epochs in turn, in the same process. The time is the ratio within a round (median
+and quartiles), and includes the end of the epoch. TensorFlow is an exception: under a strategy,
+each `fit` takes seconds before its first step, so the steps that `fit` made are timed without
+callbacks.
 
 Collectives are operations between devices: on JAX, those in the compiled step's HLO; on torch,
-those that its profiler sees in one step, and in `DynamicWeightAverage.step`. Devices that the
-process lacks have no row. `--quick` has those of 2 devices alone.
+those that its profiler sees in one step, and in `DynamicWeightAverage.step`. Numbers of devices
+that the process lacks have no row. `--quick` measures 2 devices only.
 """
 
 import functools
@@ -25,7 +25,7 @@ import re
 import tempfile
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
-# Read by JAX when it starts.
+# JAX reads it when it starts.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
 
 import keras
@@ -37,7 +37,7 @@ from keras_dwa import CompoundLoss, DynamicWeightAverage
 NAMES = [f"task_{k}" for k in range(4)]
 LOSSES = dict.fromkeys(NAMES, "mse")
 STATIC = dict.fromkeys(NAMES, 1.0)
-SAMPLES, WIDTH = 32, 256  # Of a device, in a batch; of the layer that the tasks share.
+SAMPLES, WIDTH = 32, 256  # Samples per device in a batch; width of the layer that the tasks share.
 
 
 def data(samples):
@@ -88,7 +88,7 @@ def on_jax(devices, batches, rounds):
     parallel = keras.distribution.DataParallel(
         devices=of_process[:devices], auto_shard_dataset=False
     )
-    with parallel.scope():  # At its end, there is no distribution again.
+    with parallel.scope():  # Without it, there is no distribution again.
         models, runs = by_fit(devices, batches)
         taken = interleaved(runs, rounds)
         return taken, collectives(models["static"]), collectives(models["DWA"]), "-"
@@ -134,7 +134,7 @@ def on_torch(devices, batches, rounds):
 
 
 def train_rank(rank, ranks, address, batches, rounds, returned):
-    """What each of torch's processes runs; the first one returns what it measured."""
+    """Runs in each torch process; the first one returns what it measured."""
     import torch
 
     torch.set_num_threads(1)

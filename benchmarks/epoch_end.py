@@ -1,9 +1,10 @@
-"""What the end of an epoch costs: the callback's `on_epoch_end`, for 2 to 1024 outputs.
+"""The cost of the end of an epoch: the callback's `on_epoch_end`, for 2 to 1024 outputs.
 
     KERAS_BACKEND=jax python benchmarks/epoch_end.py
 
-Printed is the median of many epochs in milliseconds, with the quartiles, and of the equation in it,
-`dwa_weights`. The logs are made up and the model has no layers to train, so that nothing else runs.
+Prints milliseconds (median and quartiles over many epochs), for all of it and for the equation
+alone, `dwa_weights`. The logs are made up and the model has no layers to train, so nothing else
+runs.
 """
 
 import os
@@ -20,7 +21,7 @@ from keras_dwa import DynamicWeightAverage, dwa_weights
 
 
 def milliseconds(names, epochs):
-    """Of each epoch's end, and of the equation alone."""
+    """The seconds of each epoch's end, and of the equation alone."""
     inputs = keras.Input((1,))
     model = keras.Model(inputs, {name: keras.layers.Identity()(inputs) for name in names})
     dwa = DynamicWeightAverage(names)
@@ -46,7 +47,7 @@ def milliseconds(names, epochs):
         dwa_weights(averages, previous)
         equations.append(1e3 * (time.perf_counter() - start))
         previous = averages
-    # The first two have no weights to compute.
+    # The first two epochs compute no weights.
     return ends[2:], equations[2:]
 
 

@@ -2,15 +2,16 @@
 
     KERAS_BACKEND=jax python benchmarks/fit_step.py
 
-Each round trains both for two epochs of many steps, in turn, in one process, and takes the time of
-the second, with all that the callbacks do; the ratio is taken within a round. In the last rows that
-is ten epochs of 50 steps, with all that a `fit` does. "twin" is another model with static weights:
-how far its ratio is from 1 is the machine's doing.
-Beside it stand two counts of one step, moving and static, which do not depend on the machine. The
-operations are on JAX those that XLA's compiled step calls, each a loop, a call or a copy; on
-TensorFlow the nodes of the graph, but constants, before XLA compiles it; on torch the calls that
-its profiler sees in an eager step. Python calls are those of functions, in Python or from it, in
-all that `fit` does.
+Each round trains both for two epochs of many steps, in turn, in one process, and measures the
+second epoch, callbacks included. The ratio is taken within a round. The last rows measure ten
+epochs of 50 steps, with all that a `fit` does. "twin" is another model with static weights: its
+ratio shows how much the machine varies.
+
+The table also has two counts of one step, moving and static, which do not depend on the machine.
+Operations: on JAX, what XLA's compiled step calls (loops, calls and copies); on TensorFlow, the
+nodes of the graph except constants, before XLA compiles it; on torch, the calls that its profiler
+sees in an eager step. Python calls: all calls of functions, in Python or from it, in all that `fit`
+does.
 """
 
 import collections
@@ -33,7 +34,7 @@ MODES = {
 
 
 def operations(model, x, y):
-    """How many operations a step has."""
+    """The number of operations in a step."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -60,7 +61,7 @@ def operations(model, x, y):
 
 
 class Watch(keras.callbacks.Callback):
-    """Takes the time from the end of an epoch to that of the next, with all that callbacks do."""
+    """Measures the time from the end of an epoch to the end of the next, callbacks included."""
 
     end = 0.0
 
@@ -70,7 +71,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def python_calls(fit):
-    """How many functions a step calls from Python: the difference of fits of 60 and of 30."""
+    """The number of Python calls in a step: the difference of fits with 60 and 30 steps."""
     counted = []
     for steps in (30, 60):
         run, events = fit(steps), collections.Counter()
@@ -89,16 +90,16 @@ def python_calls(fit):
 
 
 def row(size, mode, outputs, rounds, duration, epochs=None, steps=None):
-    """The cells of a table's row: of so many epochs, or of one that takes `duration` seconds."""
+    """The cells of a row, from that many epochs, or from one that takes `duration` seconds."""
     if BACKEND == "torch":
         import torch
 
-        # Or it compiles a function no more than 8 times, and goes on without.
+        # Otherwise it stops compiling a function after 8 times.
         torch._dynamo.reset()
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     batch, watch = SIZES[size][2], Watch()
     if mode == "eager" and BACKEND != "torch":
-        rounds = min(rounds, 5)  # Of long steps.
+        rounds = min(rounds, 5)  # If steps are long.
     kinds = {"static": False, "twin": False, "moving": True}
     models = {name: build(outputs, kind, size, **MODES[mode]) for name, kind in kinds.items()}
 
@@ -141,12 +142,12 @@ def rows(rounds, duration, is_quick):
     all_outputs, sizes, modes = (2, 8, 32), list(SIZES), list(MODES)
     short = {"epochs": 10, "steps": 50}
     if is_quick:
-        # To compile takes torch most of a minute.
+        # On torch, compiling takes most of a minute.
         rounds, duration, all_outputs, sizes, modes = 2, 0.01, (2,), ["small"], [own]
         short = {"epochs": 2, "steps": 2}
     for mode in modes:
         for size in sizes:
-            # To compile these takes torch many minutes.
+            # On torch, compiling these takes many minutes.
             if (BACKEND, mode, size) != ("torch", "compiled", "medium"):
                 for outputs in all_outputs:
                     yield row(size, mode, outputs, rounds, duration)

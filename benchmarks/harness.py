@@ -8,7 +8,7 @@ import time
 
 
 def parse(description, **more):
-    """The arguments of a script: `--quick`, and more, name to default."""
+    """The arguments of a script: `--quick`, and others by name and default."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="in seconds, for the tests")
     for name, default in more.items():
@@ -17,7 +17,7 @@ def parse(description, **more):
 
 
 def seconds(run, times=1):
-    """How long one of several runs takes."""
+    """The seconds per run, over several runs."""
     start = time.perf_counter()
     for _ in range(times):
         run()
@@ -25,7 +25,7 @@ def seconds(run, times=1):
 
 
 def interleaved(runs, rounds, times=1, clock=seconds):
-    """Name to the seconds that a run took in each round, in which each has its turn.
+    """Name to the seconds of a run in each round. All take turns in every round.
 
     Every second round goes backwards, so that no run always has the same one before it. `clock`
     is what runs it some times, and returns the seconds of one.
@@ -39,7 +39,7 @@ def interleaved(runs, rounds, times=1, clock=seconds):
 
 
 def ratios(taken, name, base):
-    """The time of one run over that of another, within each round."""
+    """The ratio of the times of two runs, within each round."""
     return [ours / theirs for ours, theirs in zip(taken[name], taken[base], strict=True)]
 
 
@@ -52,13 +52,13 @@ def shown(values, digits=2):
 
 
 def print_table(columns, rows):
-    """A table in Markdown, row by row as they are measured."""
+    """Prints a Markdown table, row by row as it is measured."""
     for cells in itertools.chain([columns, ["---"] * len(columns)], rows):
         print("|", " | ".join(map(str, cells)), "|", flush=True)
 
 
 def instructions(lowered):
-    """How many operations XLA's compiled function calls, each a fused loop, a call or a copy."""
+    """The operations of an XLA function: fused loops, calls and copies."""
     hlo = lowered.compile().as_text()
     lines = hlo[hlo.index("\nENTRY") :].splitlines()
     free = ("parameter(", "constant(", "bitcast(", "tuple(", "get-tuple-element(")

@@ -34,7 +34,7 @@ print(json.dumps([1e3 * (middle - start), 1e3 * (end - middle), modules]))
 
 def measured():
     """Milliseconds for keras and for keras_dwa, and the names of the modules."""
-    # With the paths of this process, wherever it found keras_dwa.
+    # With the paths of this process, where it found keras_dwa.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     printed = subprocess.check_output([sys.executable, "-c", CODE], env=environment, text=True)
     return json.loads(printed.splitlines()[-1])

@@ -1,12 +1,12 @@
-"""What the callback keeps after 5, 50 and 500 epochs: as much after 500 as after 5.
+"""What the callback keeps after 5, 50 and 500 epochs: the same after 500 as after 5.
 
     KERAS_BACKEND=jax python benchmarks/memory.py
 
-Printed are the bytes still allocated after the training, of those that lines of keras_dwa asked
-for; the size of the pickled callback; and by how much the memory of all of Python grew in the
-training with DWA, and with static weights, since Keras and its backend keep something, too.
-Keras's `History`, a list of all that was logged, is dropped first. All in one process, with a new
-model each time, after a long training that fills what is filled once only.
+Prints the bytes that lines of keras_dwa allocated and that are still in use after training; the
+size of the pickled callback; and how much the memory of all of Python grew during training, with
+DWA and with static weights, because Keras and its backend also keep something. Keras's `History`, a
+list of all logs, is dropped first. All runs in one process, with a new model each time, after a
+long training that fills caches.
 """
 
 import gc
@@ -33,7 +33,7 @@ def allocated(snapshot):
 
 
 def train(epochs, dwa=None):
-    """Returns the bytes that are ours, and by how much all of Python grew."""
+    """Returns the bytes that are ours, and how much Python grew in total."""
     inputs = keras.Input((4,))
     model = keras.Model(inputs, {name: keras.layers.Dense(1)(inputs) for name in Y})
     weights, callbacks = (dwa.loss_weights, [dwa]) if dwa else (dict.fromkeys(Y, 1.0), [])

@@ -1,17 +1,16 @@
-"""Whether a weight that is changed between two epochs reaches the loss, by way of changing it.
+"""Which ways to change a loss weight between two epochs have an effect on the loss.
 
     KERAS_BACKEND=jax python benchmarks/reaches_the_loss.py
 
-A model with two outputs trains on one batch an epoch, so that the logged `loss` is that of one
-step. Compared are, of the last epoch, the logged `loss` and the sum of the logged parts, each times
-the weight that whoever changed it says it has (*claimed*: what stands in the dict, the variable or
-the callback). "yes" if they are equal to 1e-4; "no" if the loss is equal to the sum under the
-weights at the start, which were 1 and 1. Errors are shown by their type. "default" is `compile` as
-it is: on torch, that compiles nothing, so that `jit_compile=True` is beside it there (but not by
-`--quick`).
+A model with two outputs trains on one batch per epoch, so that the logged `loss` is that of one
+step. In the last epoch, it is compared with the sum of the logged parts times their *claimed*
+weights: those in the dict, variable or callback that changed them. The table says "yes" if the two
+are equal to 1e-4, "no" if the loss is the sum under the initial weights, 1 and 1, and the type of
+an error. "default" is plain `compile`. On torch, that compiles nothing, so there is also a column
+with `jit_compile=True` (but not with `--quick`).
 
 `AdaptiveLossCallback` is from the package softadapt, used as its documentation says, without the
-argument `weights`, which 0.2.0 documents but does not take.
+argument `weights`, which 0.2.0 documents but does not accept.
 """
 
 import functools
@@ -32,7 +31,7 @@ CHANGED = {"depth": 0.5, "normals": 1.5}
 EPOCHS = 6
 
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
-# One is learned much faster than the other, so that the rules move the weights apart.
+# One is learned much faster, so the rules move the weights apart.
 Y = {"depth": 3 * X[:, :1], "normals": np.random.default_rng(1).normal(size=(16, 2))}
 MODES = {
     "default": {},
@@ -126,11 +125,11 @@ WAYS = {
 
 
 def row(way, mode):
-    """Claimed weights, their sum's distance from the loss, and whether it is reached."""
+    """The claimed weights, how far their sum is from the loss, and whether they reach it."""
     if "jit" in mode:
         import torch
 
-        torch._dynamo.reset()  # Or, after 8 models, it compiles no more.
+        torch._dynamo.reset()  # Otherwise it stops compiling after 8 models.
     try:
         _, logs, claimed = WAYS[way](MODES[mode])
     except ImportError:

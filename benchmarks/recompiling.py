@@ -2,8 +2,8 @@
 
     KERAS_BACKEND=jax python benchmarks/recompiling.py
 
-To compile again with new numbers in `loss_weights` is what one does without this package. Each
-round trains a model in each way, in turn, in one process; the ratios are taken within a round.
+Without this package, one has to compile again with new numbers in `loss_weights`. Each round trains
+a model in each way, in turn, in one process. The ratios are taken within a round.
 """
 
 import os

@@ -1,9 +1,9 @@
-"""All tables of the README beside this file, measured anew: about an hour on two cores.
+"""Measures all tables of this folder's README again: about an hour on two cores.
 
     python benchmarks/run.py
     python benchmarks/run.py fit_step combine
 
-Each table is what a script prints on each backend, in a process of its own. `nox -s benchmarks`
+Each table is the output of a script on each backend, in its own process. `nox -s benchmarks`
 installs what they compare with, and runs this.
 """
 

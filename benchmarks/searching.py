@@ -3,9 +3,9 @@
     KERAS_BACKEND=jax python benchmarks/searching.py
 
 Both train the same number of trials of ten short epochs, from the same start. The one model is
-compiled once, since its weights are variables; KerasTuner's have numbers in `loss_weights`, and it
-writes each trial's best parameters into a file. Each round searches in both ways, in turn, in one
-process; the ratios are taken within a round.
+compiled once, because its weights are variables. KerasTuner's models have numbers in
+`loss_weights`, and it writes each trial's best parameters to a file. Each round searches in both
+ways, in turn, in one process. The ratios are taken within a round.
 """
 
 import os
@@ -71,7 +71,7 @@ def row(trials, steps, epochs, rounds):
 
 def main():
     is_quick = parse(__doc__).quick
-    # torch compiles nothing unless told to, and its steps take ten times as long.
+    # torch compiles only on request, and its eager steps take ten times as long.
     long = [] if keras.backend.backend() == "torch" else [(12, 100)]
     sizes = [(2, 5)] if is_quick else [(12, 10), *long]
     epochs, rounds = (2, 1) if is_quick else (10, 3)

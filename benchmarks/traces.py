@@ -2,18 +2,18 @@
 
     KERAS_BACKEND=jax python benchmarks/traces.py
 
-Each way trains a model of its own for 100 epochs of 10 batches: with static weights, with DWA once
-an epoch, with DWA in windows of 1, 10 and 100 batches, and by a new `compile` before each epoch
-(for 3 epochs only, as the column says).
+Each way trains its own model for 100 epochs of 10 batches: with static weights, with DWA once an
+epoch, with DWA in windows of 1, 10 and 100 batches, and with a new `compile` before each epoch (for
+3 epochs only, as the column says).
 
-Traces, on TensorFlow and JAX: the calls of the optimizer's `apply`, Python code that a compiled
-step leaves out once it is traced. On torch, where the models are compiled with `jit_compile=True`:
-the graphs that `torch.compile` made (`unique_graphs`), and beside them its graph breaks. There are
-many of both, also with static weights.
+On TensorFlow and JAX, traces are the calls of the optimizer's `apply`, Python code that a compiled
+step no longer runs once it is traced. On torch, where the models are compiled with
+`jit_compile=True`, they are the graphs that `torch.compile` made (`unique_graphs`); the table also
+has its graph breaks. There are many of both, also with static weights.
 
-The time, not on torch, is that of a few more epochs (not counted), which all ways but the last
-train in turn, in the same process: the ratio to static weights within a round, as the median, with
-the quartiles.
+The time (not on torch) is that of a few more epochs, which are not counted. All ways except the
+last train them in turn, in the same process. It is the ratio to static weights within a round:
+median and quartiles.
 """
 
 import functools
@@ -60,7 +60,7 @@ def build():
     if BACKEND == "torch":
         import torch
 
-        torch._dynamo.reset()  # Or it compiles a function no more than 8 times.
+        torch._dynamo.reset()  # Otherwise it stops compiling a function after 8 times.
     inputs = keras.Input((32,))
     features = keras.layers.Dense(256, activation="relu")(inputs)
     return keras.Model(inputs, {name: keras.layers.Dense(1)(features) for name in NAMES})
@@ -68,7 +68,7 @@ def build():
 
 def compile_model(model, loss_weights, is_quick):
     optimizer = keras.optimizers.SGD if BACKEND == "torch" else CountingSGD
-    # To compile takes torch minutes.
+    # On torch, compiling takes minutes.
     jit = {"jit_compile": not is_quick} if BACKEND == "torch" else {}
     model.compile(optimizer(1e-3), LOSSES, loss_weights=loss_weights, **jit)
 
@@ -78,7 +78,7 @@ def fit(model, epochs, callbacks=()):
 
 
 def trained(update_freq, epochs, is_quick):
-    """Trains with static weights, if None, or DWA; returns more epochs, to be timed."""
+    """Trains with DWA, or static weights if None; returns a function that trains more, to time."""
     model = build()
     dwa = update_freq and DynamicWeightAverage(NAMES, update_freq=update_freq)
     compile_model(model, dwa.loss_weights if dwa else STATIC, is_quick)
@@ -108,7 +108,7 @@ def measured(is_quick):
     trained_compiling_again(again, is_quick)
     counted.append(("static, compiled again each epoch", again, *np.subtract(counts(), before)))
 
-    # On torch, what was compiled for the models before was reset.
+    # On torch, compiled functions of earlier models were reset.
     taken = {} if BACKEND == "torch" else interleaved(runs, rounds)
     for name, trained_for, traces, breaks in counted:
         breaks = breaks if BACKEND == "torch" else "-"

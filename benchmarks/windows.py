@@ -1,9 +1,9 @@
-"""How large windows of N batches must be for the losses to show through the noise.
+"""How large windows of N batches must be for the losses to stand out from the noise.
 
     KERAS_BACKEND=jax python benchmarks/windows.py
 
-The digits of `examples/digits.py`: by how much the losses' averages differ from one window to the
-next, in training, and then with a learning rate of 0, where all of it is noise.
+Shows how much the average losses of the digits of `examples/digits.py` differ from one window to
+the next, in training, and then with a learning rate of 0, where all differences are noise.
 """
 
 import os
@@ -22,13 +22,13 @@ from keras_dwa import DynamicWeightAverage
 
 
 def rate(windows):
-    """The median relative difference of two windows in a row, over all outputs."""
+    """The median relative difference of consecutive windows, over all outputs."""
     losses = np.array([list(window.losses.values()) for window in windows])
     return np.median(np.abs(losses[1:] / losses[:-1] - 1))
 
 
 def row(data, size, epochs):
-    """What windows of `size` batches show."""
+    """The results for windows of `size` batches."""
     keras.utils.set_random_seed(0)
     dwa = DynamicWeightAverage(list(TASKS), update_freq=size)
     model = build_model()

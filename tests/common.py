@@ -11,12 +11,12 @@ from keras_dwa import CompoundLoss
 
 BACKEND = keras.backend.backend()
 
-# For claims that do not depend on the backend: names, messages, arithmetic of the host. JAX, where
-# the coverage is measured.
+# For claims that do not depend on the backend: names, messages, arithmetic on the host. On JAX,
+# because coverage is measured there.
 one_backend = pytest.mark.skipif(BACKEND != "jax", reason="says nothing about a backend")
 
 
-# For code that is the same on each backend: runs on JAX, on the others in `nox -s deep`.
+# For code that is the same on each backend: always runs on JAX, and elsewhere in `nox -s deep`.
 deep_elsewhere = pytest.mark.skipif(False, reason="") if BACKEND == "jax" else pytest.mark.deep
 
 SAMPLES = 40
@@ -34,7 +34,7 @@ MODES = {
     "jit": {"jit_compile": True},
     "steps_per_execution": {"steps_per_execution": 4},
 }
-# Ways of `compile` in which no step could differ, or that Keras refuses.
+# Ways of `compile` that change nothing on this backend, or that Keras refuses.
 for same in {"jax": ["jit"], "torch": ["eager", "steps_per_execution"]}.get(BACKEND, []):
     del MODES[same]
 COMPILED_AND_EAGER = [mode for mode in MODES if mode in ("default", "eager")]
@@ -42,7 +42,7 @@ COMPILED_AND_EAGER = [mode for mode in MODES if mode in ("default", "eager")]
 
 @contextlib.contextmanager
 def floatx(dtype):
-    """Keras's default dtype, and JAX's leave to have it."""
+    """Sets Keras's default dtype, and allows JAX to use it."""
 
     def allow_float64(allowed):
         if BACKEND == "jax":
@@ -153,5 +153,5 @@ def check_run(history, dwa):
     expected = expected_weights(history, dwa)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
     if len(weights) > 2:
-        # Otherwise a weight that never reached the step would pass, too.
+        # Otherwise a weight that never reaches the step would also pass.
         assert np.abs(weights[2:] / weights[0] - 1).max() > 1e-3

@@ -16,7 +16,7 @@ if BACKEND == "tensorflow":
 
     (cpu,) = tf.config.list_physical_devices("CPU")
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-    # The suite traces far longer than it runs what is traced.
+    # The suite spends far longer on tracing than on running what it traced.
     tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
     tf.config.experimental.enable_tensor_float_32_execution(False)
 
@@ -28,10 +28,10 @@ if BACKEND == "torch":
     if hasattr(torch.compiler, "set_default_backend"):
         torch.compiler.set_default_backend("aot_eager")
 
-# What is imported need not be looked through at each collection of garbage.
+# Imported modules need not be scanned in each garbage collection.
 gc.freeze()
 
-# The same examples in every run; `nox -s properties` searches many others, `mutants` has few.
+# The same examples in every run. `nox -s properties` tries many others, `mutants` few.
 hypothesis.settings.register_profile("default", max_examples=200, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("few", max_examples=30, derandomize=True, deadline=None)
 hypothesis.settings.register_profile("many", max_examples=100_000, deadline=None)
@@ -45,7 +45,7 @@ hypothesis.settings.load_profile("default")
     ]
 )
 def mode(request):
-    """Arguments of `compile`: compiled and eagerly; `nox -s deep` has the other ways, too."""
+    """Arguments of `compile`: compiled and eager. `nox -s deep` adds the other ways."""
     return MODES[request.param]
 
 
@@ -53,5 +53,5 @@ def mode(request):
 def fresh_keras():
     keras.utils.set_random_seed(0)
     yield
-    # To collect garbage after every test takes a sixth of the suite's time on TensorFlow.
+    # On TensorFlow, collecting garbage after every test takes a sixth of the suite's time.
     keras.utils.clear_session(free_memory=False)

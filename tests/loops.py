@@ -92,7 +92,7 @@ def _epochs(train_step, dwa, x, y, epochs, batch_size):
 
 
 def value_and_gradient(function, point, compiled=False):
-    """The value of a scalar function and its gradient, at a NumPy array."""
+    """The value and gradient of a scalar function at a NumPy array."""
     if BACKEND == "tensorflow":
         point = tf.convert_to_tensor(point)
         if compiled:

@@ -1,4 +1,4 @@
-"""New processes, forked from one that has imported what takes longest."""
+"""New processes, forked from one that has already imported the slowest modules."""
 
 import multiprocessing
 
@@ -7,7 +7,7 @@ FORK.set_forkserver_preload(["keras", "sklearn.datasets"])
 
 
 def succeeds(function, *args):
-    """Whether a function returns, called in a new process."""
+    """Whether a function returns when called in a new process."""
     process = FORK.Process(target=function, args=args, daemon=True)
     process.start()
     process.join()

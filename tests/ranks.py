@@ -14,7 +14,7 @@ DEVICES = 4
 
 
 def start(function, ranks, folder, *args):
-    """Starts `function(rank, ranks, *args)` in so many processes; what it returns is pickled."""
+    """Starts `function(rank, ranks, *args)` in `ranks` processes; pickles what it returns."""
     folder.mkdir(exist_ok=True)
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(ranks)]
     addresses = ["127.0.0.1:{1}".format(*free.getsockname()) for free in sockets]
@@ -35,13 +35,13 @@ def exit_codes(processes):
 
 
 def run(function, ranks, folder, *args):
-    """What `function(rank, ranks, *args)` returned in each of so many processes."""
+    """What `function(rank, ranks, *args)` returns in each of `ranks` processes."""
     assert exit_codes(start(function, ranks, folder, *args)) == [0] * ranks
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(ranks)]
 
 
 def check_same(found, expected, rtol=1e-5):
-    """What `expected` has by name is in `found`, too."""
+    """Asserts that `found` has all that `expected` has by name."""
     for key, values in expected.items():
         np.testing.assert_allclose(found[key], values, rtol, atol=rtol / 100, err_msg=key)
 

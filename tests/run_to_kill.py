@@ -11,7 +11,7 @@ from keras_dwa import DynamicWeightAverage
 
 
 class Stop(keras.callbacks.Callback):
-    """Ends the run after a batch: waits to be killed, having set `reached`, or raises."""
+    """Ends the run after a batch: sets `reached` and waits to be killed, or raises an error."""
 
     def __init__(self, epoch, batch, reached=None):
         super().__init__()
@@ -29,7 +29,7 @@ class Stop(keras.callbacks.Callback):
 
 
 def train(folder, update_freq="epoch", save_freq="epoch", stop=None):
-    """Trains six epochs of five batches, and writes all that was trained.
+    """Trains six epochs of five batches, and writes the results.
 
     `stop` is an epoch, a batch, and an event to set by then: there, the run waits to be killed.
     """

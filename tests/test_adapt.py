@@ -1,4 +1,4 @@
-"""`adapt`: base weights that know the scale of the losses."""
+"""`adapt` scales base weights to the losses."""
 
 import math
 import pickle
@@ -23,13 +23,13 @@ from common import (
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, LossWeightScheduler
 
 NAMES = ["easy", "hard"]
-# So that the two losses are far apart.
+# Makes the scales of the two losses differ.
 FAR = {"easy": 10 * Y["easy"], "hard": Y["hard"]}
 
 
 @keras.saving.register_keras_serializable("tests")
 class Noise(keras.layers.Layer):
-    """Draws in an evaluation, too."""
+    """Also draws random numbers in an evaluation."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -46,7 +46,7 @@ def compiled(model, weighting, **arguments):
 
 
 def shares(logs, weighting):
-    """The share of each loss in the total, by an evaluation's or an epoch's logs."""
+    """The share of each loss in the total, from the logs of an evaluation or epoch."""
     parts = {n: weighting.base_weights[n] * logs[f"{n}_loss"] for n in weighting.outputs}
     return {name: part / sum(parts.values()) for name, part in parts.items()}
 
@@ -105,7 +105,7 @@ def test_evaluation_that_fails_changes_nothing():
             raise KeyboardInterrupt
 
     calls = [(None, []), ({"easy": Y["easy"]}, [])]
-    # Once interrupted, Keras 3.10 has a thread wait for itself.
+    # After an interruption, Keras 3.10 makes a thread wait for itself.
     if not keras.__version__.startswith("3.10."):
         calls.append((Y, [keras.callbacks.LambdaCallback(on_test_batch_begin=interrupt)]))
     for y, callbacks in calls:
@@ -198,7 +198,7 @@ def of_compute_loss(dwa, **arguments):
 
 
 class OwnTracker(keras.Model):
-    """A model that averages its terms by itself, and calls the compound loss in `compute_loss`."""
+    """A model that averages its terms itself, and calls a compound loss in `compute_loss`."""
 
     def __init__(self, dwa):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Factors assigned by hand: they reach the next step, and the logs say what each epoch had."""
+"""Factors assigned by hand reach the next step, and the logs show those of each epoch."""
 
 import itertools
 import re
@@ -28,7 +28,7 @@ def check_base_loss(history, prefix=""):
 
 @pytest.fixture(scope="module")
 def under_static_weights():
-    """Parameters before and after three epochs, compiled again where the weights change."""
+    """Parameters before and after three epochs, compiled again whenever the weights change."""
     model, optimizer = dict_model(), keras.optimizers.SGD(0.05)
     initial, starts = model.get_weights(), itertools.cycle(range(0, 40, 8))
     for easy, hard, batches in [(3.0, 0.5, 2), (3.0, 0.0, 3), (6.0, 0.0, 5), (6.0, 1.0, 5)]:
@@ -46,7 +46,7 @@ def test_factors_assigned_in_other_callbacks_reach_the_next_step(
     if "steps_per_execution" in mode:
         pytest.skip("a batch alone cannot be assigned for there")
     if BACKEND == "torch" and "jit_compile" in mode:
-        pytest.skip("torch compiles for a minute what other tests compile, too")
+        pytest.skip("torch compiles for a minute what other tests also compile")
     initial, expected = under_static_weights
     model = dict_model() if loss else ComputeLoss(weighting)
     model(X)
@@ -89,7 +89,7 @@ def test_callback_that_assigns_may_come_before_where_callbacks_wait_for_each_bat
 @one_backend
 def test_factors_assigned_before_a_fit_hold_for_its_model(weighting):
     def hard_weight(*others):
-        """That of a new model."""
+        """The loss of a new model."""
         return train(dict_model(), weighting, epochs=1, others=others)["hard_weight"]
 
     weighting.assign({"hard": 0.0})
@@ -97,7 +97,7 @@ def test_factors_assigned_before_a_fit_hold_for_its_model(weighting):
     assert weighting.factors == {"easy": 1.0, "hard": 0.0}
     weighting.assign({"hard": 7.0})
     weighting.reset()
-    # What another callback assigns at the end is not for the next model.
+    # The next model does not get what another callback assigns at the end.
     at_the_end = Lambda(on_epoch_end=lambda epoch, logs: weighting.assign({"hard": 9.0}))
     assert hard_weight(at_the_end) == [0.5]
     assert hard_weight() == [0.5]
@@ -210,7 +210,7 @@ def test_values_assigned_to_the_variable_are_replaced(weighting):
     history = model.fit(X, Y, batch_size=8, verbose=0, callbacks=[weighting]).history
     total = 6 * history["easy_loss"][0] + 0.5 * history["hard_loss"][0]
     np.testing.assert_allclose(history["loss"], total, rtol=1e-5)
-    # In a loop, as one under `jax.jit` does that reads the variables too early.
+    # As in a loop under `jax.jit` that reads the variables too early.
     weighting.variables[0].assign(np.array([7.0, np.nan]))
     weighting.step({"easy": 1.0, "hard": 1.0})
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(weighting.variables[0]), [6.0, 0.5])

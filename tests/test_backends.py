@@ -1,4 +1,4 @@
-"""The shortcuts that a backend has compute what `keras.ops` do."""
+"""The shortcuts of a backend compute the same as `keras.ops`."""
 
 import keras
 import numpy as np

@@ -17,7 +17,7 @@ def dwa():
     return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
 
 
-# What `test_formula.py` has refused by the equation.
+# `test_formula.py` has more cases.
 @one_backend
 def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
     with pytest.raises(ValueError, match="Found `temperature = 0`"):
@@ -46,7 +46,7 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
         ({"a": 2e38, "b": 1.0}, "within the range of float32. Found 2e+38 for 'a'"),
         # Below the smallest normal number: it is 0 on some devices.
         ({"a": 1e-40}, "within the range of float32. Found 1e-40 for 'a'"),
-        # Names whose logs would have one key twice.
+        # Names that would appear twice in the logs.
         (["x", "base"], "would have ['base_loss', 'val_base_loss'] twice"),
         (["val", "x"], "would have ['val_loss'] twice"),
         (["x", "val_x"], "would have ['val_x_loss'] twice"),
@@ -99,7 +99,7 @@ def test_step_takes_one_scalar_per_output(dwa, losses, message):
     assert dwa.step() == dwa.base_weights
 
 
-# The weights of any such history are in `test_properties.py`.
+# `test_properties.py` checks the weights after such losses.
 @one_backend
 @pytest.mark.parametrize(
     ("before", "odd", "message"),

@@ -1,4 +1,4 @@
-"""The benchmarks, in short: none breaks unseen. What they measure is theirs to say."""
+"""Short runs of the benchmarks, to see that none is broken. Their numbers are not checked."""
 
 import csv
 import runpy
@@ -54,7 +54,7 @@ def test_study_trains_again_only_what_a_kill_cut_short(tmp_path, capsys, monkeyp
     assert results.read_text() == whole
     assert (tmp_path / "evidence.md").read_text() == page
 
-    # By how much a method is better than each task alone, on test, where it is best on validation.
+    # How much better a method is than single-task training, on test data, at its best validation.
     signs, rows = {"digit": 1, "angle": -1, "upright": -1}, list(csv.DictReader(whole.splitlines()))
 
     def best(method, score):

@@ -36,7 +36,7 @@ def move(dwa):
     return dwa.step({"easy": 1.0, "hard": 3.0})
 
 
-# The value and its gradient; `test_assign.py` has that of `combine`.
+# The value and its gradient. That of `combine` is in `test_assign.py`.
 
 
 def test_call_and_combine_give_the_weighted_sum(dwa, compound):
@@ -205,7 +205,7 @@ def test_train_on_batch_with_a_compound_loss(dwa):
     model, weights = compiled(ComputeLoss(dwa)), dwa.base_weights
     dwa.set_model(model)
     for _ in range(4):
-        model.reset_metrics()  # As Keras 3.10 does not yet.
+        model.reset_metrics()  # Keras 3.10 does not do so itself.
         logs = model.train_on_batch(X, Y, return_dict=True)
         weighted = weights["easy"] * logs["easy_loss"] + weights["hard"] * logs["hard_loss"]
         assert logs["loss"] == pytest.approx(weighted, rel=1e-5)
@@ -251,7 +251,7 @@ def test_losses_declared_once_serve_compile_and_calls_before(dwa, compound, is_a
     check_run(fit(model, dwa, validation_split=0.2), dwa)
 
 
-# Bad input; `test_wiring.py` has that of `compile` and `fit`.
+# Bad input. That of `compile` and `fit` is in `test_wiring.py`.
 
 
 def new(losses):

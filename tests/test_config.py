@@ -40,7 +40,7 @@ class HalveTheLarger(LossWeighting):
 
 @register
 class MakesWeighting(TwoHeads):
-    """The name of its compound loss comes after `loss_weighting`, that of others' weights."""
+    """The name of its compound loss sorts after `loss_weighting`, where others have weights."""
 
     def __init__(self, weighting=None, total=None, **kwargs):
         super().__init__(**kwargs)

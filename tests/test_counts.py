@@ -1,4 +1,4 @@
-"""What a batch counts: outputs of their own first axes, any number of uses, what comes late."""
+"""How much batches count: outputs with different first axes, several uses, late calls."""
 
 import sys
 import threading
@@ -53,11 +53,11 @@ def test_base_loss_of_a_model_that_stands_still_does(update_freq, regularizer):
         np.testing.assert_allclose(np.diff(history[f"{prefix}base_loss"]), 0.0, atol=1e-2)
 
 
-# Outputs that differ in their first axis.
+# Outputs with different first axes.
 
 
 class Graphs(keras.Model):
-    """An output for each graph of a batch, and one for each node."""
+    """One output has a row per graph of a batch, the other a row per node."""
 
     def __init__(self):
         super().__init__()
@@ -103,18 +103,18 @@ def test_outputs_of_other_first_axes_have_averages_of_their_own(eager, numbers_o
     fit(weighting, assign)
 
 
-# A compound loss that is not used once in a step.
+# A compound loss that a step does not use exactly once.
 
 
 def fit_still(model, *callbacks, **arguments):
-    """Three epochs that learn nothing, each validated."""
+    """Three epochs with validation, at a learning rate of 0."""
     model.compile(keras.optimizers.SGD(0.0), **arguments)
     fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "validation_data": (X,)}
     return model.fit(X, callbacks=list(callbacks), **fit).history
 
 
 def check_still(history, of_base_loss=1.0):
-    """The weights move, and what does not depend on them stays as it is."""
+    """The weights move, and what does not depend on them stays the same."""
     weights = np.array([history[f"{name}_weight"] for name in NAMES])
     np.testing.assert_allclose(weights, [[1, 1 / 2, 1 / 3], [1, 2, 3]], rtol=1e-6)
     for prefix in ("", "val_"):
@@ -221,7 +221,7 @@ def test_compound_loss_of_two_models_in_turn():
         check_run(model.fit(X, Y, **fit).history, dwa)
 
 
-# What happens beside the steps.
+# What happens in parallel with the steps.
 
 
 def compiled(weighting, rate=0.05):
@@ -282,7 +282,7 @@ def test_evaluation_beside_the_batches_leaves_windows_and_logs_alone(hook, is_fi
         return history, schedule.windows
 
     (history, windows), (expected, expected_windows) = run(True), run(False)
-    # Keras's own `loss` counts what was evaluated as an epoch began.
+    # Keras's own `loss` includes the evaluation at the start of the epoch.
     for key in expected if hook != "on_epoch_begin" else ("easy_weight", "val_base_loss"):
         np.testing.assert_allclose(history[key], expected[key], rtol=1e-5)
     assert [window.weights for window in windows] == [w.weights for w in expected_windows]
@@ -321,7 +321,7 @@ def test_weight_is_read_in_another_thread_beside_the_steps():
 
 
 class Beside(keras.callbacks.Callback):
-    """Keras calls its `on_train_batch_end` beside the next steps."""
+    """Keras calls its `on_train_batch_end` in parallel with the next steps."""
 
     async_safe = True
 
@@ -367,7 +367,7 @@ def test_hooks_return_at_once_after_the_first_batches():
     package = keras_dwa.__path__[0]
 
     def calls(batches):
-        """Of the package's functions, in an epoch of so many batches."""
+        """The number of calls of the package's functions in an epoch of that many batches."""
         dwa, counted = DynamicWeightAverage(list(LOSSES)), []
         model = compiled(dwa)
         model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa])
@@ -385,7 +385,7 @@ def test_hooks_return_at_once_after_the_first_batches():
         finally:
             sys.setprofile(previous)
             threading.setprofile(None)
-        # What an eager step reads, and logs, is its own.
+        # An eager step itself reads and logs more.
         return len([name for name in counted if name not in ("value", "result")])
 
     assert calls(30) - calls(20) <= 3 * 10

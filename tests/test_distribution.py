@@ -1,4 +1,4 @@
-"""JAX's devices and processes under `keras.distribution`: four devices on one CPU in all."""
+"""JAX's devices and processes under `keras.distribution`: four devices on one CPU."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def distribution(kind):
     mesh = keras.distribution.DeviceMesh((2, 2), ("batch", "model"), devices)
     layout = keras.distribution.LayoutMap(mesh)
     layout["trunk/kernel"] = (None, "model")
-    # A pattern that fits what is ours, too.
+    # This pattern also matches our variables.
     layout["record|.*_weight"] = (None, "model")
     return keras.distribution.ModelParallel(
         layout_map=layout, batch_dim_name="batch", auto_shard_dataset=False
@@ -54,14 +54,14 @@ class Combines(keras.Model):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         terms = {
             "easy": keras.ops.mean(keras.ops.square(y["easy"] - y_pred["easy"])),
-            # The offset has no gradient, so that a NaN spoils no more than the average.
+            # The offset has no gradient, so a NaN spoils only the average.
             "hard": keras.ops.mean(keras.ops.abs(y["hard"] - y_pred["hard"]) + y["offset"]),
         }
         return self.compound.combine(terms, samples=keras.ops.shape(x)[0])
 
 
 def compiled_model(loss_weights, compound=None):
-    """With `loss_weights`, or with a compound loss in their place."""
+    """With `loss_weights`, or with a compound loss instead."""
     model = (Combines if compound else keras.Model)(*heads(name="trunk"))
     if compound:
         model.compound = compound
@@ -72,7 +72,7 @@ def compiled_model(loss_weights, compound=None):
 
 
 def fit(rank, ranks, kind, compound=False, update_freq="epoch", folder=None, kill=()):
-    """Trains on this process's share of every batch; returns what came of it.
+    """Trains on this process's share of every batch; returns the results.
 
     `kind` is that of the distribution, None for none. With a compound loss, one sample of the last
     process has a NaN. The run resumes from its backup in `folder`, and the first process is killed
@@ -146,7 +146,7 @@ def test_killed_run_resumes_on_as_many_processes_and_on_one(tmp_path):
     folder = tmp_path / "killed"
     arguments = ("data", False, "epoch", folder)
     killed = ranks.start(fit, 2, folder, *arguments, (3, 2))
-    # The other is ended by JAX, which loses the coordinator.
+    # JAX ends the other process, because it loses the coordinator.
     assert ranks.exit_codes(killed) == [-signal.SIGKILL, -signal.SIGABRT]
     one = shutil.copytree(folder, tmp_path / "one")
     expected = {key: values[-2:] for key, values in whole[0].items() if len(values) == 5}

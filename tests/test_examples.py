@@ -1,4 +1,4 @@
-"""The examples, in short."""
+"""Short runs of the examples."""
 
 import re
 import runpy
@@ -39,7 +39,7 @@ def numbers(line):
 
 
 def check_table(lines):
-    """Of each of three epochs a loss that falls, and weights that sum to 3 and move."""
+    """Three epochs, with a loss that falls, and weights that move and sum to 3."""
     rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
     assert len(rows) == 3
     assert rows[2][0] < rows[0][0]
@@ -48,7 +48,7 @@ def check_table(lines):
 
 
 def check_metrics(lines, names):
-    """A line for each metric, with its value under both ways to weight the losses."""
+    """A line for each metric, with its values under both ways to weight the losses."""
     cells = [line.split("|") for line in lines[-len(names) :]]
     assert [task.split(":")[0] for task, *_ in cells] == names
     assert [len(numbers(value)) for _, *values in cells for value in values] == [1, 1] * len(names)
@@ -128,7 +128,7 @@ def test_pinn_nears_the_exact_solution(run):
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="trains as digits does, for half a minute")
 def test_dense_prediction(run, tmp_path):
     picture = tmp_path / "picture.png"
-    # The attention networks are on top of all else. To compile them takes minutes.
+    # With attention networks on top. Compiling them takes minutes.
     attention = ["--attention"] if BACKEND == "torch" else []
     lines = run("dense_prediction.py", 3, "--scenes", "20", "--picture", str(picture), *attention)
     check_table(lines)
@@ -138,7 +138,7 @@ def test_dense_prediction(run, tmp_path):
 
 @pytest.mark.deep
 def test_data_parallel():
-    # A process of its own, for torch's are started anew from the script's file.
+    # In a separate process, because torch starts its processes from the script's file.
     script = EXAMPLES / "data_parallel.py"
     output = subprocess.check_output([sys.executable, script, "--epochs", "3"], text=True)
     rows = [numbers(line) for line in output.splitlines() if line.startswith("epoch")]

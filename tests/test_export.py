@@ -1,4 +1,4 @@
-"""A trained model as an artifact for inference: it predicts as the model, without the package."""
+"""Trained models exported for inference: they predict the same, without the package."""
 
 import keras
 import numpy as np
@@ -32,7 +32,7 @@ def test_saved_model(model, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Keras exports a torch program on torch")
-# torch 2.11, of its own files.
+# torch 2.11 warns about its own files.
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 def test_torch_program(model, tmp_path):
     import torch
@@ -43,7 +43,7 @@ def test_torch_program(model, tmp_path):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="Keras's ONNX export needs tf2onnx or jax2onnx")
-# Keras: it calls torch's former exporter, which traces Keras's code.
+# Keras calls torch's former exporter, which traces Keras's code.
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
 @pytest.mark.filterwarnings("ignore:The feature will be removed. Please remove usage")
 @pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")

@@ -29,7 +29,7 @@ def test_logged_loss_is_the_weighted_sum_and_weights_follow_the_formula_of_train
     assert abs(history["easy_weight"][2] / 3.0 - 1) > 0.05
 
 
-# On torch, a step takes half a minute to compile, and the next test has one.
+# On torch, compiling a step takes half a minute, and the next test does so too.
 @pytest.mark.parametrize(
     "mode",
     [
@@ -72,7 +72,7 @@ def test_parameters_move_by_the_weighted_gradient(mode):
     assert abs(history["easy_weight"][3] - 1) > 0.01
 
 
-# Windows close at the ends of epochs, too; a step takes torch half a minute to compile.
+# Windows also close at the ends of epochs. On torch, compiling a step takes half a minute.
 @pytest.mark.parametrize("update_freq", [2] if BACKEND == "torch" else ["epoch", 2])
 def test_step_is_compiled_as_often_as_with_static_weights(update_freq, compilation_counter):
     if keras.__version__.startswith("3.10.") and update_freq != "epoch":
@@ -95,14 +95,14 @@ def test_step_is_compiled_as_often_as_with_static_weights(update_freq, compilati
         arguments = {"batch_size": 8, "validation_split": split, "verbose": 0}
         history = model.fit(X, Y, epochs=5, callbacks=callbacks, **arguments).history
         if dwa:
-            # Its weights moved, and reached the loss, or what it takes out of that would be wrong.
+            # Its weights moved and reached the loss, or the values above would be wrong.
             assert dwa.factors["easy"] != 1
             losses = np.array(history["easy_loss"]) + history["hard_loss"]
             np.testing.assert_allclose(history["base_loss"], losses, rtol=1e-5)
         return counts
 
     if BACKEND == "jax":
-        # The small functions that a process compiles once, and those that read windows' sums.
+        # Small functions that a process compiles once, and those that read the sums of windows.
         compilations(DynamicWeightAverage(["easy", "hard"], 0.2, update_freq))
     moving = compilations(DynamicWeightAverage(["easy", "hard"], 0.2, update_freq))
     assert moving[0] > 0
@@ -121,7 +121,7 @@ def test_model_put_back_to_its_start_trains_the_same_again_and_is_compiled_once(
     variables = model.variables + model.optimizer.variables
     start = [keras.ops.convert_to_numpy(variable).copy() for variable in variables]
     histories, counts = [], []
-    # Keras builds the metrics, for which `fit` would draw an order of the samples more.
+    # Builds the metrics, for which `fit` would shuffle the samples once more.
     weighting.adapt(model, X, Y)
     for easy in (0.5, 2.0, 0.5):
         for variable, value in zip(variables, start, strict=True):
@@ -138,7 +138,7 @@ def test_model_put_back_to_its_start_trains_the_same_again_and_is_compiled_once(
 
 @pytest.fixture
 def compilation_counter():
-    """A layer to put in the model, and a function that tells how often it was compiled so far."""
+    """A layer for the model, and a function that returns how often it was compiled so far."""
     if BACKEND == "tensorflow":
         traces = []
 
@@ -159,7 +159,9 @@ def compilation_counter():
 
         monitoring.register_event_duration_secs_listener(listen)
         yield keras.layers.Identity(), lambda: len(compiled)
-        if hasattr(monitoring, "unregister_event_duration_listener"):  # Which old JAX lacks.
+        if hasattr(
+            monitoring, "unregister_event_duration_listener"
+        ):  # Old versions of JAX lack it.
             monitoring.unregister_event_duration_listener(listen)
     else:
         from torch._dynamo.utils import counters

@@ -1,4 +1,4 @@
-"""The equation, with nothing of Keras. `test_properties.py` compares it with exact numbers."""
+"""The equation, without Keras. `test_properties.py` compares it with exact numbers."""
 
 import re
 from fractions import Fraction

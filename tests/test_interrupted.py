@@ -1,4 +1,4 @@
-"""A `fit` or a step that Ctrl-C cuts short, and the next one."""
+"""A `fit` or a step that Ctrl-C interrupts, and the next one."""
 
 import sys
 import warnings
@@ -104,7 +104,7 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_of_before_or_after(dwa):
 @one_backend
 def test_ctrl_c_at_any_line_of_the_start_leaves_nothing_of_the_former_model(dwa):
     former, model, base = compiled_model(dwa), compiled_model(dwa), {"easy": 1.0, "hard": 1.0}
-    # The model that an interrupted `set_model` was given, or `former`.
+    # The model passed to an interrupted `set_model`, or `former`.
     warnings.filterwarnings("ignore", "DynamicWeightAverage was used with another model")
 
     def start(line=None):

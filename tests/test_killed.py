@@ -34,7 +34,7 @@ def history(folder):
 
 
 def check_weights(folder):
-    """The weights follow the formula of what all processes logged."""
+    """The weights follow the formula, for the losses that all processes logged."""
     assert history(folder)["epoch"] == list(range(6))
     check_run(history(folder), DynamicWeightAverage(["easy", "hard"], temperature=0.1))
 
@@ -56,7 +56,7 @@ def test_killed_run_ends_bit_equal_to_an_uninterrupted_one(tmp_path, update_freq
     run(killed, update_freq=update_freq)
     assert (killed / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
     assert abs(history(killed)["easy_weight"][3] - 1) > 1e-3
-    # Parameters, the optimizer's state, the weights, and what they were moved by.
+    # Parameters, the optimizer's state, the weights, and the losses that moved them.
     ours, theirs = (dict(np.load(folder / "trained.npz")) for folder in (killed, whole))
     np.testing.assert_equal(ours, theirs)
 
@@ -70,7 +70,7 @@ def test_epoch_that_a_backup_within_it_repeats_has_the_right_weights(tmp_path):
 
 
 @pytest.mark.deep
-@pytest.mark.skipif(BACKEND != "torch", reason="the session on torch has another backend, too")
+@pytest.mark.skipif(BACKEND != "torch", reason="only the environment for torch has two backends")
 def test_run_goes_on_under_another_backend_and_back(tmp_path, monkeypatch):
     run_and_kill(tmp_path, 2, 1)
     with monkeypatch.context() as environment:

@@ -1,4 +1,4 @@
-"""Terms that layers add, and numbers that they use, under weights that move: `loss_terms.md`."""
+"""Loss terms that layers add, and numbers that they use, as the weights move: `loss_terms.md`."""
 
 import itertools
 
@@ -55,7 +55,7 @@ def fit(model, *callbacks, loss_weights, epochs=4, run_eagerly=False):
 
 
 class Parameters(keras.callbacks.Callback):
-    """Those that the model has after each epoch."""
+    """The losses of the model after each epoch."""
 
     def __init__(self):
         super().__init__()
@@ -116,7 +116,7 @@ def test_number_that_a_layer_uses_follows_a_weight(eager):
         model, schedule, follow, parameters, loss_weights=schedule.loss_weights, run_eagerly=eager
     )
     trunks = [before, *(weights[0] for weights in parameters.by_epoch)]
-    # Nothing goes back through the layer at first, and then what enlarges the losses.
+    # At first, no gradient passes the layer; then, one that increases the losses does.
     moved = [np.abs(new - old).max() for old, new in itertools.pairwise(trunks)]
     assert moved[0] == 0.0 < min(moved[1:])
     assert history["val_base_loss"] == sorted(history["val_base_loss"])

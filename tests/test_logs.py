@@ -27,7 +27,7 @@ def run(tmp_path_factory):
             on_epoch_begin=lambda epoch, logs: seen.append(float(dwa.loss_weights["easy"]))
         ),
         keras.callbacks.CSVLogger(folder / "log.csv"),
-        # Keras knows for no loss but `val_loss` that less is better.
+        # Keras knows only of `val_loss` that less is better.
         keras.callbacks.EarlyStopping("val_base_loss", mode="min", min_delta=1e9, patience=3),
     ]
     if BACKEND == "tensorflow":
@@ -115,7 +115,7 @@ class OwnStep(keras.Model):
         return super().compute_loss(*args, **kwargs)
 
 
-@one_backend  # Where all of this is used is TensorFlow: see `test_counts.py`.
+@one_backend  # Only TensorFlow uses all of this: see `test_counts.py`.
 def test_rest_of_a_total_is_known_where_neither_layers_nor_steps_add_to_it():
     def rest(model, weight=0.5):
         model.compile("sgd", LOSSES, loss_weights={**weighting.loss_weights, "hard": weight})
@@ -146,7 +146,7 @@ def test_base_loss_where_the_rest_is_known_and_logs_are_none_of_pythons_floats()
 
 
 class BatchLogs(keras.callbacks.Callback):
-    """Keeps what each batch's logs have of a weight, in order of the batches."""
+    """Keeps the weight in the logs of each batch, in the order of the batches."""
 
     def __init__(self, async_safe):
         super().__init__()

@@ -123,7 +123,7 @@ def test_nested_outputs_go_by_their_path():
     [(dict, 0.5), (list, np.float32(0.5)), pytest.param(tuple, 2, marks=one_backend)],
 )
 def test_outputs_of_a_list_may_have_a_number_or_no_loss_in_dicts_and_lists(dwa, kind, number):
-    """In an order that is not the alphabet's."""
+    """Outputs in an order that is not alphabetical."""
 
     def arrange(outputs, x):
         mask, more = keras.layers.Dense(1, name="mask")(x), keras.layers.Identity(name="more")(x)

@@ -1,4 +1,4 @@
-"""Epochs that would poison a ratio, in real training: the weights stay sane, and recover."""
+"""In real training, epochs that would spoil a ratio: the weights stay sane and recover."""
 
 import keras
 import numpy as np
@@ -20,9 +20,9 @@ def test_loss_that_overflows_float16_leaves_the_epoch_out():
         with pytest.warns(UserWarning, match=r"after 2 epochs: .* 'easy' \(inf\) is not finite"):
             odd = model.fit(X, huge, initial_epoch=1, epochs=2, **fit).history
         history = joined(first, model.fit(X, Y, initial_epoch=2, epochs=5, **fit).history)
-    # Not NaN, as the difference to a weight of 1, times infinity.
+    # Not NaN, as 0 times infinity would be.
     assert odd["easy_loss"] == odd["base_loss"] == [np.inf]
-    # As if the epoch had not been.
+    # As if the epoch had not happened.
     assert np.isfinite(history["loss"]).all()
     weights = np.array([history["easy_weight"], history["hard_weight"]]).T
     np.testing.assert_allclose(weights, expected_weights(history, dwa), rtol=5e-3)
@@ -60,7 +60,7 @@ def test_batch_without_samples_adds_nothing():
 
 
 class EmptyThirdEpoch(keras.utils.PyDataset):
-    # Keras calls `on_epoch_end` before the first epoch, too.
+    # Keras also calls `on_epoch_end` before the first epoch.
     epoch = -1
 
     def on_epoch_end(self):
@@ -84,6 +84,6 @@ def test_epoch_without_batches_holds_the_weights():
     with pytest.warns(UserWarning, match=r"holds the loss weights: epoch 3 had no batches\. "):
         train(dict_model(), dwa, EmptyThirdEpoch(), None, epochs=5, shuffle=False, others=[keep])
     assert weights[3] == weights[2] != 3.0
-    # What Keras logs of such an epoch differs by backend.
+    # Keras's logs of such an epoch depend on the backend.
     assert "easy_weight" not in logs.pop(2)
     check_run(joined(*logs), dwa)

@@ -1,4 +1,4 @@
-"""Models with a step or trackers of their own, as in Keras's guides and in public code."""
+"""Models with a custom step or trackers, as in Keras's guides and in public code."""
 
 import keras
 import numpy as np
@@ -33,7 +33,7 @@ def samples(x):
 
 
 class VAE(keras.Model):
-    """Combines its terms in `compute_loss`, and may average them in trackers of its own, too."""
+    """Combines its terms in `compute_loss`, and may also average them in its own trackers."""
 
     def __init__(self, weighting, tracked=(), recorded_by=one, tracked_by=one):
         super().__init__()
@@ -56,7 +56,7 @@ class VAE(keras.Model):
         return self.total(x, y_pred, terms, training)
 
     def shown(self, terms):
-        """What the trackers average."""
+        """The values that the trackers average."""
         return terms
 
     def total(self, x, y_pred, terms, training):
@@ -64,7 +64,7 @@ class VAE(keras.Model):
 
 
 def descend(model, trained, compute_loss, optimizer):
-    """One step on `trained` variables, in the manner of the backend; returns the loss."""
+    """One step on `trained` variables, as the backend does it; returns the loss."""
     if BACKEND == "tensorflow":
         import tensorflow as tf
 
@@ -83,7 +83,7 @@ def descend(model, trained, compute_loss, optimizer):
 
 
 class OwnStep(VAE):
-    """As in Keras's guides: its `train_step` updates, and logs, every metric, whatever it is."""
+    """As in Keras's guides, its `train_step` updates and logs every metric."""
 
     if BACKEND == "jax":
 
@@ -129,7 +129,7 @@ class OwnStep(VAE):
 
 
 class Example(OwnStep):
-    """As in Keras's example of a VAE: it logs trackers, which are all that its `metrics` list."""
+    """As in Keras's VAE example, it logs trackers, and its `metrics` lists nothing else."""
 
     def __init__(self, weighting, tracked=NAMES, **arguments):
         super().__init__(weighting, tracked, **arguments)
@@ -137,7 +137,7 @@ class Example(OwnStep):
 
     @property
     def metrics(self):
-        # JAX needs the others.
+        # JAX needs the other metrics.
         hides = BACKEND != "jax"
         return [self.total_loss_tracker, *self.trackers.values()] if hides else super().metrics
 
@@ -314,7 +314,7 @@ def test_each_of_several_weightings_has_its_own_state_in_a_file(dwa, tmp_path):
 
 
 class GAN(keras.Model):
-    """Two losses of two terms each, each with its variables, optimizer and weighting."""
+    """Two losses of two terms each, with separate variables, optimizers and weightings."""
 
     def __init__(self, generator_weighting, discriminator_weighting):
         super().__init__()
@@ -359,7 +359,7 @@ def test_each_of_several_losses_has_a_weighting():
 
 
 class SumsInValidation(VAE):
-    """Combines its terms in training alone."""
+    """Combines its terms only in training."""
 
     kl_in_validation = 1.0
 
@@ -388,7 +388,7 @@ def test_validation_under_no_weights_or_base_weights_has_the_right_base_loss(kl_
     np.testing.assert_allclose(history["val_base_loss"], base, rtol=1e-5)
 
 
-# First tries.
+# Wrong first attempts.
 
 
 def combines(self, trainable, non_trainable, metrics_variables, x):
@@ -424,7 +424,7 @@ def test_each_wrong_first_try_on_jax_leads_to_the_right_one(dwa, own, message):
 def test_first_error_says_to_combine_the_terms_and_all_else_that_is_wrong(dwa, method):
     own = {method: lambda self, *args, **kwargs: None, "metrics": property(lambda self: [])}
     model = type("Own", (TwoHeads,), own)()
-    dwa.set_model(model)  # For a loop of one's own, it is right.
+    dwa.set_model(model)  # It is right for a custom loop.
     with pytest.raises(ValueError, match=f"`Own` has a custom `{method}`") as raised:
         fit(model, dwa)
     message = str(raised.value)

@@ -1,4 +1,4 @@
-"""What the picture of a run shows, whatever the run is read from."""
+"""What the plot of a run shows, for every kind of history."""
 
 import itertools
 import sys
@@ -17,7 +17,7 @@ BASE = {"easy": 10.0, "hard": 1.0}
 
 
 class Frame:
-    """A data frame in all that is needed of one."""
+    """As much of a data frame as is needed."""
 
     def __init__(self, columns):
         self.columns, self._values = list(columns), columns
@@ -96,7 +96,7 @@ def test_loss_of_a_single_output_which_keras_logs_weighted_is_unweighted():
 
 
 def texts(panel):
-    """What is written around a panel, the numbers at its ticks included."""
+    """The texts around a panel, including the numbers at its ticks."""
     (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
     yield from (panel.title, panel.xaxis.label, panel.yaxis.label)
     yield from (text for text in panel.get_xticklabels() if left <= text.get_position()[0] <= right)

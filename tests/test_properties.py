@@ -1,4 +1,4 @@
-"""Properties for any floats at all. `nox -s properties` looks at 100,000 examples of each."""
+"""Properties for any floats. `nox -s properties` tries 100,000 examples of each."""
 
 import math
 import warnings
@@ -13,7 +13,7 @@ from keras_dwa import DynamicWeightAverage, dwa_weights
 
 pytestmark = one_backend
 
-# Beyond what a difference of two rates can need: the largest is near 1e632, the smallest 1e-632.
+# More than a difference of two rates needs: the largest is near 1e632, the smallest 1e-632.
 mpmath.mp.dps = 1300
 
 usual = st.floats(min_value=1e-3, max_value=1e3)
@@ -31,19 +31,19 @@ def vectors(values, count):
 
 
 def exact_weights(previous, before_previous, temperature):
-    """The equation in numbers of 1300 digits."""
+    """The equation, computed with 1300 digits."""
     rates = [
         mpmath.mpf(new) / mpmath.mpf(old) if old else mpmath.mpf(1)
         for new, old in zip(previous, before_previous, strict=True)
     ]
-    # From 1e-400 on, float64 has only 0.
+    # In float64, 1e-400 is 0.
     exponents = [max((rate - max(rates)) / temperature, -1000) for rate in rates]
     exponentials = [mpmath.exp(exponent) for exponent in exponents]
     return [float(len(rates) * value / mpmath.fsum(exponentials)) for value in exponentials]
 
 
 def two_epochs(count):
-    """Averages of so many losses that have rates."""
+    """Averages of that many losses, all with rates."""
     return st.tuples(vectors(finite, count), vectors(finite.filter(bool), count))
 
 
@@ -60,7 +60,7 @@ def test_weights_are_those_of_the_equation_to_1e_12(averages, temperature):
 
 
 def weights_by_the_table(history, base_weights, temperature):
-    """After each epoch, the weights and whether there is a warning, as the manual's table says."""
+    """The weights and whether there is a warning after each epoch, by the manual's table."""
     weights, known, warned_of_sign = list(base_weights), [], False
     for losses in history:
         warns = not np.isfinite(losses).all()

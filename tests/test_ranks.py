@@ -24,7 +24,7 @@ SAMPLES = 37
 
 
 def batches(rank, ranks):
-    """The samples of each global batch, and those of them that a rank has."""
+    """The samples of each global batch, and which of them a rank has."""
     for start in range(0, SAMPLES, 8):
         batch = np.arange(SAMPLES)[start : start + 8]
         yield batch, np.array_split(batch, ranks)[rank]
@@ -57,7 +57,7 @@ def train(rank, ranks, folder=None, nan_at=None, kill_at=None):
                 y["hard"] = np.where(mine[:, np.newaxis] == batch[-1], np.nan, y["hard"])
             loss = model.compound(y, forward(X[mine], training=True))
             optimizer.zero_grad()
-            # DDP takes the mean of the ranks' gradients, this makes it that of the samples'.
+            # DDP averages the gradients over ranks. This turns it into an average over samples.
             (loss * len(mine) * ranks / len(batch)).backward()
             if all(parameter.grad.isfinite().all() for parameter in model.parameters()):
                 optimizer.step()
@@ -87,7 +87,7 @@ def test_killed_run_resumes_on_as_many_ranks_and_on_others(tmp_path):
     expected = {"weights": whole["weights"][3:], "parameters": whole["parameters"]}
     folder = tmp_path / "killed"
     killed = ranks.start(train, 2, folder, folder, None, (3, 2))
-    # The other's error is gloo's, that the connection was lost.
+    # In the other process, gloo reports that the connection was lost.
     assert ranks.exit_codes(killed) == [1, -signal.SIGKILL]
     for size in (1, 2, 3):
         copy = shutil.copytree(folder, tmp_path / f"{size}")
@@ -103,11 +103,11 @@ def message_of(function, *args, **kwargs):
 
 
 def steps(rank, ranks):
-    """What the ways to call `step` say, and the factors that come of them."""
+    """The errors of each way to call `step`, and the resulting factors."""
     found = {}
     dwa = DynamicWeightAverage(["easy", "hard"])
     compound = CompoundLoss(["easy", "hard"], dwa)
-    dwa.step()  # Nothing anywhere.
+    dwa.step()  # No rank recorded anything.
     if rank == 0:
         compound.combine({"easy": 1.0, "hard": 1.0})
     found["nothing"] = message_of(dwa.step)
@@ -157,7 +157,7 @@ def test_each_rank_says_what_differs(tmp_path):
 
 
 def adapted(rank, ranks):
-    """The base weights by unequal shares of the data, and what averages say that differ."""
+    """The base weights from unequal shares of the data, and the error for unequal averages."""
     keras.utils.set_random_seed(0)
     dwa = DynamicWeightAverage(["easy", "hard"])
     model = dict_model()
@@ -177,7 +177,7 @@ def test_ranks_adapt_to_the_losses_of_all_of_them(tmp_path):
 
 
 def communication(rank, ranks):
-    """How many all-reduces a step takes with weights that move, with floats, and `step` itself."""
+    """The number of all-reduces in a step with live weights, one with floats, and `step` itself."""
     dwa = DynamicWeightAverage(["easy", "hard"])
     compound = CompoundLoss(LOSSES, dwa)
     losses = {name: keras.losses.get(loss) for name, loss in LOSSES.items()}
@@ -202,7 +202,7 @@ def test_step_communicates_nothing_more_and_an_epoch_one_all_reduce(tmp_path):
 
 
 def callback_list(rank, ranks, update_freq="epoch", members=(0, 1), empty=False):
-    """A loop that calls callbacks as `fit` does, for the model that DDP wraps on some ranks.
+    """A loop that calls callbacks as `fit` does, for a model that DDP wraps on some ranks.
 
     Returns the history, the windows, and the error of a fifth epoch, if any. In that, the logs of
     each rank have another loss, which counts for nothing; if `empty`, the last rank has no batch.
@@ -216,7 +216,7 @@ def callback_list(rank, ranks, update_freq="epoch", members=(0, 1), empty=False)
     parallel = DistributedDataParallel(model, process_group=group)
     history = keras.callbacks.History()
     callbacks = keras.callbacks.CallbackList([dwa, history], model=parallel)
-    # Of each epoch and sample.
+    # For each epoch and sample.
     losses = np.random.default_rng(0).uniform(1, 2, size=(5, SAMPLES, 2))
 
     def train_epoch(epoch, has_batches=True):

@@ -24,7 +24,7 @@ if BACKEND == "tensorflow":
 
 
 class OwnStep(ComputeLoss):
-    """Logs the total alone, so that what was recorded goes into the logs."""
+    """Logs only the total, so that the recorded losses go into the logs."""
 
     def train_step(self, data):
         x, y = data
@@ -76,7 +76,7 @@ def test_logs_and_weights_are_those_of_one_device(how, made_in_scope):
 def test_windows_are_those_of_one_device(how):
     # The last batch of an epoch has 4 samples.
     found, expected = (fit(devices, how, update_freq=3) for devices in (two_replicas(), None))
-    expected.pop("total", None)  # In replicas, that of one of them.
+    expected.pop("total", None)  # With replicas, it is the total of only one.
     check_same(found, expected)
     assert len(found["windows"]) == 8
 
@@ -88,7 +88,7 @@ def test_average_is_that_of_the_samples_whatever_the_shares():
 
 
 def loop(rank, workers, folder=None, nan_at=None, kill_at=None):
-    """Trains in a loop of its own; returns the weights after each epoch and the parameters.
+    """Trains in a custom loop; returns the weights after each epoch and the parameters.
 
     Goes on from what this worker wrote into `folder`. In epoch `nan_at`, one sample has a NaN. At
     the epoch and batch `kill_at`, the first worker is killed.
@@ -111,7 +111,7 @@ def loop(rank, workers, folder=None, nan_at=None, kill_at=None):
             y_pred = model(x, training=True)
             losses = {
                 "easy": keras.losses.MeanSquaredError()(y["easy"], y_pred["easy"]),
-                # Of no gradient, so that a NaN spoils no more than the average.
+                # Without a gradient, so a NaN spoils only the average.
                 "hard": keras.losses.MeanAbsoluteError()(y["hard"], y_pred["hard"])
                 + keras.ops.mean(offset),
             }
@@ -152,7 +152,7 @@ def test_killed_run_resumes_on_as_many_workers_and_on_one(tmp_path):
     whole = ranks.run(loop, 2, tmp_path / "whole")
     folder = tmp_path / "killed"
     killed = ranks.start(loop, 2, folder, folder, None, (3, 2))
-    # The other's error is TensorFlow's, that its collective operations are aborted.
+    # In the other process, TensorFlow reports that its collective operations were aborted.
     assert ranks.exit_codes(killed) == [-signal.SIGKILL, 1]
     one = shutil.copytree(folder, tmp_path / "one")
     expected = {"weights": whole[0]["weights"][3:], "kernel": whole[0]["kernel"]}
@@ -169,6 +169,6 @@ def fit_in_workers(rank, workers):
 
 
 def test_keras_does_not_fit_with_several_workers(tmp_path):
-    """The limit that the manual states, for a release of Keras to end."""
+    """The limit that the manual states, until a release of Keras lifts it."""
     for message in ranks.run(fit_in_workers, 2, tmp_path):
         assert message.startswith("Attempt to convert a value (PerReplica:")

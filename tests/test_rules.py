@@ -14,7 +14,7 @@ NAMES = ["easy", "hard"]
 
 
 class Count(LossWeighting):
-    """Counts epochs in its state, and moves the weights by it."""
+    """Counts epochs in its state, and moves the weights by the count."""
 
     def update(self, epoch, logs):
         self.state["epochs"] = self.state.get("epochs", 0) + np.array(1)
@@ -53,7 +53,7 @@ def test_rule_gets_the_whole_logs_of_its_epoch():
     ("loss", "factor"), [("mse", 0.5), (["mse"], 0.5), ({"output": "mse"}, 0.0)]
 )
 def test_loss_of_a_single_output_is_weighted_logged_and_given_to_the_rule(loss, factor):
-    """Keras logs it as `loss` alone, weighted already."""
+    """Keras logs its loss only as `loss`, already weighted."""
 
     class Look(LossWeighting):
         def update(self, epoch, logs):
@@ -66,7 +66,7 @@ def test_loss_of_a_single_output_is_weighted_logged_and_given_to_the_rule(loss, 
     history = train(model, Look({"output": 4.0}), y=Y["easy"], epochs=2, **fit)
     assert history["output_weight"] == [4.0, 4 * factor]
     assert history["loss"][1] == pytest.approx(factor * history["loss"][0])
-    # What it would be at weight 4, nothing tells at weight 0.
+    # At weight 0, the unweighted loss is unknown.
     for key in ("loss", "val_loss"):
         base_loss = history[key.replace("loss", "base_loss")]
         expected = [history[key][0], history[key][0] if factor else np.nan]
@@ -191,7 +191,7 @@ class Remember(LossWeighting):
 
 
 class RememberMore(Remember):
-    """A rule that takes the state of the one that it derives from."""
+    """A rule that uses the state of its base class."""
 
 
 @one_backend

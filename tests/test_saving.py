@@ -1,4 +1,4 @@
-"""A trained model and its DWA state, written and read."""
+"""Saving and loading a trained model with its DWA state."""
 
 import h5py
 import keras
@@ -26,7 +26,7 @@ def compiled_model(dwa, model=None, optimizer=None):
 
 
 def moved_weights(dwa):
-    """Closes two epochs, after which the weights have moved."""
+    """Ends two epochs, so that the weights move."""
     dwa.step({"easy": 2.0, "hard": 4.0})
     return dwa.step({"easy": 1.0, "hard": 3.0})
 
@@ -52,7 +52,7 @@ def check_same_parameters(model, expected):
         np.testing.assert_array_equal(ours, theirs)
 
 
-# What a file has. `test_windows.py` and `test_killed.py` have weights files, and bit for bit.
+# What files contain. `test_windows.py` and `test_killed.py` resume from weights files.
 
 
 @pytest.mark.parametrize("make_model", [dict_model, pytest.param(TwoHeads, marks=one_backend)])
@@ -103,7 +103,7 @@ def test_state_of_other_outputs_is_refused(tmp_path):
 @one_backend
 def test_parameters_are_restored_and_go_between_models_without_the_state(dwa, tmp_path):
     model, without = dict_model(), dict_model()
-    # The first epoch is the best, for none is better by so much.
+    # The first epoch is the best, because no other is better by that much.
     stop = keras.callbacks.EarlyStopping(
         "base_loss", mode="min", min_delta=1e9, patience=2, restore_best_weights=True
     )

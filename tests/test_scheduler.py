@@ -1,4 +1,4 @@
-"""A schedule of factors: those of the epoch that begins, the first included."""
+"""A schedule sets the factors of each epoch as it starts, including the first."""
 
 import itertools
 import pickle

@@ -1,4 +1,4 @@
-"""The two epochs that DWA remembers: when they go on, when they start afresh, what they survive."""
+"""The two epochs that DWA remembers: when they continue, start again, and what they survive."""
 
 import copy
 import functools
@@ -35,7 +35,7 @@ def test_next_fit_on_the_same_model_continues_the_history_in_any_mode(dwa):
     def stop(batch, logs):
         model.stop_training = batch == 2
 
-    # Neither compiled again, nor trained to the end of its first epoch.
+    # The model is neither compiled again nor trained to the end of its first epoch.
     callbacks = [dwa, keras.callbacks.LambdaCallback(on_train_batch_end=stop)]
     second = model.fit(X, Y, epochs=2, callbacks=callbacks, **FIT).history
     assert len(second["loss"]) == 1
@@ -45,7 +45,7 @@ def test_next_fit_on_the_same_model_continues_the_history_in_any_mode(dwa):
 
 @deep_elsewhere
 def test_every_other_model_starts_afresh_and_so_does_a_reset(dwa, tmp_path):
-    # Weights that moved, or one of the two epochs, would show in the first two.
+    # Moved weights, or a remembered epoch, would show in the first two epochs.
     for easy in (4.0, 1.0):
         dwa.step({"easy": easy, "hard": 1.0})
     models = [dict_model() for _ in range(3)]
@@ -129,7 +129,7 @@ def test_copy_is_the_original_and_a_pickled_callback_goes_on_without_it():
     expected = unpickled.step({"easy": 0.1, "hard": 0.7})
     assert dwa.step() == moved != expected
     assert dwa.step({"easy": 0.1, "hard": 0.7}) == expected
-    # Its first model goes on, the next one starts afresh.
+    # Its first model continues, the next one starts again.
     first = train(dict_model(), unpickled, epochs=1)
     assert {name: first[f"{name}_weight"][0] for name in expected} == expected
     check_run(train(dict_model(), unpickled, epochs=2), unpickled)

@@ -1,4 +1,4 @@
-"""KerasTuner's search, which copies the callbacks and makes a model for every trial."""
+"""KerasTuner's search, which copies the callbacks and makes a model for each trial."""
 
 import keras
 import pytest

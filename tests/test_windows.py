@@ -47,7 +47,7 @@ def make(way, weighting, optimizer=None, **arguments):
 
 
 def start(way, update_freq, optimizer=None, **arguments):
-    """A model that has the same parameters each time, and its callback."""
+    """A model that always starts with the same parameters, and its callback."""
     keras.utils.set_random_seed(0)
     dwa = DynamicWeightAverage(BASE, 0.2, update_freq)
     model = make(way, dwa, optimizer, **arguments)
@@ -61,7 +61,7 @@ def fit(model, *callbacks, epochs=4, y=Y, **arguments):
 
 
 def easy_losses(model):
-    """The loss of each batch of an epoch, for a model that stands still."""
+    """The loss of each batch of an epoch, for a model that does not learn."""
     errors = model.predict(X, verbose=0)["easy"] - Y["easy"]
     return np.square(errors).reshape(BATCHES, BATCH).mean(1)
 
@@ -71,7 +71,7 @@ def check_base_loss(history, prefix=""):
     np.testing.assert_allclose(history[f"{prefix}base_loss"], expected, rtol=1e-5)
 
 
-# Windows longer and shorter than an epoch, of which one ends with it.
+# Windows longer and shorter than an epoch; one ends together with it.
 @pytest.mark.parametrize(("size", "mode"), [(3, "default"), (7, COMPILED_AND_EAGER[-1])])
 def test_weights_follow_windows_that_go_over_the_ends_of_epochs(way, size, mode):
     (model, dwa), means = start(way, size, **MODES[mode]), []
@@ -125,7 +125,9 @@ def test_schedule_of_windows_weights_each_step(way):
 
 
 def test_batches_of_unequal_sizes_count_as_keras_counts_them(way):
-    eager = BACKEND == "tensorflow" and way == "compile"  # Else TensorFlow knows no sizes.
+    eager = (
+        BACKEND == "tensorflow" and way == "compile"
+    )  # In a graph, TensorFlow does not count samples.
     model, dwa = start(way, 2, keras.optimizers.SGD(0.0), run_eagerly=eager)
     history = fit(model, dwa, batch_size=32, epochs=2)  # 32 and 8.
     for name in NAMES:
@@ -136,7 +138,7 @@ def test_batches_of_unequal_sizes_count_as_keras_counts_them(way):
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras takes no steps_per_execution on torch")
 def test_window_closes_at_the_first_call_that_has_seen_its_batches(way):
     model, dwa = start(way, 3, steps_per_execution=2)
-    fit(model, dwa)  # Calls of 2, 2 and 1 batches: windows are over after 3, 6, 9, ... batches.
+    fit(model, dwa)  # Calls of 2, 2 and 1 batches: windows end after 3, 6, 9, ... batches.
     assert [window.batches for window in dwa.windows] == [4, 3, 2, 3, 3, 4]
 
 
@@ -288,7 +290,7 @@ def test_evaluation_that_takes_the_place_of_losses_is_warned_of(hook, known):
 
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_data_that_ends_as_a_window_closes(way):
-    """On JAX, Keras then puts back what was assigned as a batch began that there is not."""
+    """On JAX, Keras undoes what `on_train_batch_begin` assigned if no batch follows."""
 
     def batches():
         for k in range(0, len(X), BATCH):

@@ -43,7 +43,7 @@ def compiled(model, loss_weights, loss=LOSSES, **arguments):
 
 
 def fit(model, *callbacks, y=Y, **arguments):
-    # Losses and weights are looked at after the second batch.
+    # Losses and weights are checked after the second batch.
     arguments = {"batch_size": len(X) // BATCHES, "epochs": 5, "verbose": 0, **arguments}
     return model.fit(X, y, callbacks=[*callbacks, count], **arguments).history
 
@@ -59,9 +59,9 @@ def wired(
     trackers=(),
     **arguments,
 ):
-    """Fits a model of a class that derives from `base`, with `own` attributes, by a new callback.
+    """Fits a model of a subclass of `base`, with `own` attributes, with a new callback.
 
-    `arrange` makes the structure of the outputs and targets, `weights` that of the loss weights.
+    `arrange` makes the structure of the outputs and targets, `weights` makes the loss weights.
     """
     dwa = DynamicWeightAverage(names, temperature=0.2)
     model_class = type("Altered", (base,), own or {})
@@ -194,7 +194,7 @@ BY_CALL = {"base": ComputeLoss, "loss": None, "weights": none}
 IGNORES = {"own": {"compute_loss": ignores_weights}}
 # Where a row runs. What `compile` got is the same on each backend.
 ALL = ("jax", "tensorflow", "torch")
-# How far training comes: at most so many batches, and epochs.
+# How far training gets: the largest numbers of batches and epochs.
 NOT_AT_ALL = (0, 0)
 A_FEW_BATCHES = (BATCHES - 1, 0)
 ONE_EPOCH = (math.inf, 1)
@@ -202,7 +202,7 @@ THREE_EPOCHS = (math.inf, 2)
 
 
 def row(case, *message, run=wired, on=("jax",), **arguments):
-    """A case, what its message has, and what runs it."""
+    """A case: its name, what its message contains, and the function that runs it."""
     return [(case, partial(run, **arguments), message)] if BACKEND in on else []
 
 
@@ -229,7 +229,7 @@ MISWIRINGS = {
             weights=lambda ours: {**ours, "hard": None}),
         row("lists_in_a_dict", "['mse']", "loss={'depth': 'mae',",
             loss={"easy": ["mse"], "hard": ["mae"]}),
-        # Keras pairs it with the outputs in the model's order, not in that of the loss dict.
+        # Keras pairs it with the outputs in the order of the model, not of the loss dict.
         row("list_of_weights", "the structure of `loss={'easy'", "Found `loss_weights=[<Loss",
             arrange=with_features, loss={**LOSSES, "features": None},
             weights=lambda ours: [ours["easy"], None, ours["hard"]]),
@@ -341,12 +341,12 @@ def test_other_metrics_are_no_alarm():
             return [metric for metric in super().metrics if metric is not self.more]
 
     dwa = new()
-    # Keras would log it as `easy_loss`, and logs the loss.
+    # Keras would log the metric as `easy_loss`, but logs the loss.
     check_run(train(LeavesOut(), dwa, mode={"metrics": metric_named("loss")}), dwa)
 
 
 def last_weights(epochs):
-    """The weights that the last of these epochs had, of a `fit` each.
+    """The weights of the last of these epochs, each in its own `fit`.
 
     An epoch is the losses of "easy" and "hard", and the total, or None for the right one.
     """
@@ -369,9 +369,9 @@ def last_weights(epochs):
 @pytest.mark.parametrize(
     "epochs",
     [
-        # Other terms make up for the weights once; in the epochs before, they did not.
+        # Other terms compensate for the weights once, but not in the epochs before.
         [(1.0, 1.0, 2.1), (0.5, 1.0, 1.6), (0.25, 1.0, 0.25 + 1.0)],
-        # The weights move by less than the sums of a training tell apart.
+        # The weights move by less than the sums can resolve.
         [(1.0, 1.0, None), (0.5, 0.500001, None), (0.25, 0.4, None)],
         # There is nothing left to learn.
         [(1.0, 1.0, None), (0.5, 1.0, None), (0.0, 0.0, None)],
@@ -396,7 +396,7 @@ def test_weights_that_do_not_reach_the_loss_are_found_over_fits_and_an_epoch_of_
 @one_backend
 def test_logs_without_the_losses_of_validation_cost_its_base_loss_alone():
     dwa = new()
-    # As of a `test_step` that returns the total alone.
+    # As if a `test_step` returned only the total.
     total_alone = Lambda(
         on_epoch_end=lambda epoch, logs: [logs.pop(f"val_{name}_loss") for name in LOSSES]
     )

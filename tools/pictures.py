@@ -1,8 +1,8 @@
-"""Makes the pictures of the manual, from real runs of `examples/digits.py`'s tasks.
+"""Makes the pictures of the manual from real runs of the tasks of `examples/digits.py`.
 
     KERAS_BACKEND=tensorflow python tools/pictures.py
 
-It needs TensorFlow, TensorBoard, matplotlib, scikit-learn, Pillow and Selenium, and the browser
+Needs TensorFlow, TensorBoard, matplotlib, scikit-learn, Pillow and Selenium, and the browser
 `chromium` with its driver.
 """
 
@@ -33,7 +33,7 @@ COLORS = ("#0072B2", "#D55E00", "#009E73")
 
 
 def train(temperature, folder):
-    """The history of 20 epochs, the same but for the temperature."""
+    """The history of 20 epochs at a temperature, all else being equal."""
     keras.utils.set_random_seed(0)
     x, y = rotated_digits()
     model = build_model()
@@ -77,7 +77,7 @@ def photograph_tensorboard(folder, path):
         while not has_runs(address):
             time.sleep(1)
         browser.get(f"http://{address}/?tagFilter=weight&smoothing=0#timeseries")
-        time.sleep(10)  # It draws in threads of its own: nothing tells when they are done.
+        time.sleep(10)  # It draws in its own threads, and does not report when they are done.
         browser.save_screenshot(path)
     finally:
         browser.quit()
@@ -92,7 +92,7 @@ def has_runs(address):
 
 
 def shrink(path):
-    """A picture of few colours takes a quarter of the room."""
+    """Reduces the colours, which cuts the file to a quarter."""
     Image.open(path).convert("RGB").quantize(64).save(path, optimize=True)
 
 

@@ -1,4 +1,4 @@
-"""Makes the files beside `docs/` pages of the site, with links that hold there and on their own."""
+"""Adds files outside `docs/` to the site as pages, and adapts their links."""
 
 import re
 from pathlib import Path
