@@ -48,12 +48,14 @@ class DynamicWeightAverage(LossWeighting):
         >>> import keras, numpy as np
         >>> from keras_dwa import DynamicWeightAverage
         >>> inputs = keras.Input((4,))
-        >>> depth, normals = keras.layers.Dense(1)(inputs), keras.layers.Dense(3)(inputs)
+        >>> depth = keras.layers.Dense(1)(inputs)
+        >>> normals = keras.layers.Dense(3)(inputs)
         >>> model = keras.Model(inputs, {"depth": depth, "normals": normals})
         >>> dwa = DynamicWeightAverage(["depth", "normals"])
         >>> losses = {"depth": "mae", "normals": "mse"}
         >>> model.compile(optimizer="sgd", loss=losses, loss_weights=dwa.loss_weights)
-        >>> x, y = np.ones((8, 4)), {"depth": np.ones((8, 1)), "normals": np.ones((8, 3))}
+        >>> x = np.ones((8, 4))
+        >>> y = {"depth": np.ones((8, 1)), "normals": np.ones((8, 3))}
         >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[dwa])
         >>> history.history["depth_weight"][:2]
         [1.0, 1.0]

@@ -42,7 +42,8 @@ def dwa_weights(
 
     Examples:
         >>> from keras_dwa import dwa_weights
-        >>> dwa_weights([0.5, 0.9], [1.0, 1.0])  # The second loss fell less: more weight.
+        >>> # The second loss fell less, so it gets more weight.
+        >>> dwa_weights([0.5, 0.9], [1.0, 1.0])
         array([0.90033201, 1.09966799])
 
     Reference:

@@ -108,7 +108,8 @@ class LossWeighting(keras.callbacks.Callback):
         ...         larger = max(self.outputs, key=lambda name: logs[f"{name}_loss"])
         ...         return {larger: 0.5 * self.factors[larger]}
         >>> inputs = keras.Input((4,))
-        >>> depth, normals = keras.layers.Dense(1)(inputs), keras.layers.Dense(3)(inputs)
+        >>> depth = keras.layers.Dense(1)(inputs)
+        >>> normals = keras.layers.Dense(3)(inputs)
         >>> model = keras.Model(inputs, {"depth": depth, "normals": normals})
         >>> weighting = HalveTheLarger(["depth", "normals"])
         >>> model.compile(
@@ -116,8 +117,9 @@ class LossWeighting(keras.callbacks.Callback):
         ...     loss={"depth": "mae", "normals": "mse"},
         ...     loss_weights=weighting.loss_weights,
         ... )
+        >>> x = np.ones((8, 4))
         >>> y = {"depth": np.full((8, 1), 100.0), "normals": np.ones((8, 3))}
-        >>> history = model.fit(np.ones((8, 4)), y, epochs=3, verbose=0, callbacks=[weighting])
+        >>> history = model.fit(x, y, epochs=3, verbose=0, callbacks=[weighting])
         >>> history.history["depth_weight"]
         [1.0, 0.5, 0.25]
     """
