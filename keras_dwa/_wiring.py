@@ -161,8 +161,7 @@ def check_record(by_record: bool, is_called: bool, is_recorded: bool) -> None:
     if by_record and is_called and not is_recorded:
         raise ValueError(
             "What the compound loss recorded was lost, or `samples` was 0. From `train_step`, "
-            "return the `metrics_variables` that `self.stateless_compute_loss` returns. See "
-            "docs/own_steps.md."
+            "return the `metrics_variables` that `self.stateless_compute_loss` returns."
         )
 
 
