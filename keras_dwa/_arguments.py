@@ -1,4 +1,4 @@
-"""Checks of what a weighting is given, with their messages."""
+"""Checks of the arguments of a weighting, and their messages."""
 
 import math
 import numbers

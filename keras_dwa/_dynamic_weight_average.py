@@ -81,7 +81,7 @@ class DynamicWeightAverage(LossWeighting):
 
     @property
     def temperature(self) -> float:
-        """Temperature `T`, a finite number > 0. A new value counts at the end of the epoch."""
+        """Temperature `T`, a finite number > 0. A new value takes effect at the next update."""
         return self._temperature
 
     @temperature.setter

@@ -95,7 +95,7 @@ class LossWeighting(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is invalid. `fit` raises it before the first step if the model
-            was not compiled with these weights, after two steps if the logs lack `<name>_loss`, and
+            was not compiled with these weights, within two steps if the logs lack `<name>_loss`, and
             at the end of an epoch if the weights have moved but the loss ignores them.
         RuntimeError: From `fit`, if another `fit` uses the callback at the same time, or the
             callback has no model.

@@ -271,7 +271,7 @@ class LossWeights(keras.metrics.Metric):
         self.replace(self._initial_state(self.state.scale), clear_record=True)
 
     def replace(self, state: State, clear_record: bool = False) -> None:
-        """Goes over to `state`: as a whole, even on Ctrl-C."""
+        """Replaces the state as a whole, even on Ctrl-C."""
         self.before_change(state)
         try:
             self._replace(state, clear_record)
