@@ -16,10 +16,6 @@ from keras import layers
 from sklearn.datasets import load_breast_cancer, load_digits
 from sklearn.metrics import log_loss
 
-# Small enough for two cores: the example's scenes at half their size, and a network of two levels.
-dense_prediction.HEIGHT, dense_prediction.WIDTH = 24, 32
-dense_prediction.FILTERS = (8, 16)
-
 
 @dataclass(frozen=True)
 class Family:
