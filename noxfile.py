@@ -150,7 +150,7 @@ def deep(session):
         session.notify(f"rest(backend='{backend}')")
     for backend in OLDEST:
         session.notify(f"oldest(backend='{backend}')")
-    for name in ("coverage", "docs", "package", "readme"):
+    for name in ("coverage", "docs", "package", "readme", "notebook"):
         session.notify(name)
 
 
@@ -214,6 +214,14 @@ def readme(session):
     script = Path(session.create_tmp(), "readme.py")
     script.write_text("\n".join(block for language, block in blocks if language == "python"))
     session.run("bash", "-euc", f"{commands}\npython {script}", external=True)
+
+
+@nox.session(default=False)
+def notebook(session):
+    """Runs the notebook among the examples, on JAX. Its outputs are not kept."""
+    jax, *_ = BACKENDS["jax"]
+    install(session, KERAS, jax, "matplotlib", "nbclient", "ipykernel", ".")
+    session.run("jupyter", "execute", "examples/quickstart.ipynb", env={"KERAS_BACKEND": "jax"})
 
 
 @nox.session(default=False)
