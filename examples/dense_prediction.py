@@ -4,7 +4,7 @@
 
 You will see a network train under equal weights and by Dynamic Weight Average
 (DWA), with a line of losses and weights for each epoch, and a table of both on
-test scenes. Takes about 40 seconds on two CPU cores. The last line counts the
+test scenes. Takes less than a minute on two CPU cores. The last line counts the
 metrics that DWA improves; dense_prediction.png shows a scene with the
 predictions and the truth (needs matplotlib).
 
