@@ -17,19 +17,13 @@ from keras_dwa._loss_weights import as_float
 
 def check_outputs(outputs: Sequence[str] | Mapping[str, float]) -> dict[str, float]:
     """Returns the base weights by output name, or raises a ValueError."""
-    if isinstance(outputs, str) or not isinstance(outputs, (Sequence, Mapping)):
+    is_collection = isinstance(outputs, (Sequence, Mapping)) and not isinstance(outputs, str)
+    names = list(outputs) if is_collection else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            "`outputs` must be a sequence of output names, or a dict of name to base weight. "
-            f"Found `outputs = {outputs!r}`."
+            "`outputs` must be a sequence of one or more output names, or a dict of name to base "
+            f"weight. Found `outputs = {outputs!r}`."
         )
-    names = list(outputs)
-    if not names:
-        raise ValueError(f"`outputs` must name at least one output. Found `outputs = {outputs}`.")
-    for name in names:
-        if not isinstance(name, str):
-            raise ValueError(f"`outputs` must be strings. Found {name!r} in `outputs = {outputs}`.")
-        if names.count(name) > 1:
-            raise ValueError(f"`outputs` names {name!r} more than once: `outputs = {outputs}`.")
     base_weights = outputs if isinstance(outputs, Mapping) else dict.fromkeys(names, 1.0)
     smallest, largest = floatx_range()
     for name, base_weight in base_weights.items():

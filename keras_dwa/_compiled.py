@@ -44,7 +44,6 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
         has_record: whether the callback has a compound loss.
     """
     loss, loss_weights = model.loss, compiled_loss_weights(model)
-    output_names = _output_names(model, entries)
     if problem := _compound_problem(model, entries) or _one_output_problem(
         model, entries, has_record
     ):
@@ -55,39 +54,35 @@ def losses_problem(model: keras.Model, entries: Entries, has_record: bool) -> st
         if lacks_compound_loss(model, has_record):
             return _combine_call(model, entries)
         if loss is None:
-            return f"`model` was compiled without a loss. Write\n    {_compile_call(output_names)}"
+            return f"`model` was compiled without a loss. Write\n    {_compile_call(entries)}"
         return (
             "`model` was not compiled with this callback's loss weights, so they would have no "
             f"effect. Found `loss_weights={loss_weights}`. Write\n"
-            f"    {_compile_call(output_names)}\n"
+            f"    {_compile_call(entries)}\n"
             "Pass your own numbers as base weights: outputs={name: number}"
         )
-    if not isinstance(loss, dict) and max(len(output_names), len(entries)) == 1:
+    has_one = len(entries) == 1 == len(getattr(model, "output_names", entries))
+    if has_one and not isinstance(loss, dict):
         return None
-    if isinstance(loss, (list, tuple)):
-        outputs = model.output if hasattr(model, "output_names") else None
-        if not isinstance(outputs, (list, tuple)) or not isinstance(loss_weights, (list, tuple)):
-            return (
-                "`model` was compiled with `loss` as a list, which Keras pairs with a dict in "
-                "alphabetical order of the names. Use dicts (a subclassed model must return one, "
-                f"too):\n    {_compile_call(output_names)}\n"
-                "Lists work if a functional model has a list of outputs, and `loss` and "
-                "`loss_weights` are both lists."
-            )
-    elif not isinstance(loss, dict):
+    if not _gives_each_output_a_loss(model):
         return (
-            f"`model` was compiled with one loss, {loss!r}, for all its outputs. Compile with "
-            f"a dict:\n    {_compile_call(output_names)}"
-        )
-    elif any(
-        isinstance(key, int) for path, _ in keras.tree.flatten_with_path(loss) for key in path
-    ):
-        return (
-            f"`model` was compiled with a list within `loss={loss}`. Give each output one loss, "
-            "and write nested outputs as dicts:\n"
-            "    loss={'depth': 'mae', 'heads': {'left': 'mse', 'right': 'mse'}}"
+            f"`model` needs one loss for each output, by name. Found `loss={loss!r}`. Use dicts (a "
+            "subclassed model must return one, too, and nested outputs need nested dicts):\n"
+            f"    {_compile_call(entries)}\n"
+            "Lists work if a functional model has a list of outputs, and `loss` and `loss_weights` "
+            "are both lists. (Keras pairs a list with a dict in alphabetical order of the names.)"
         )
     return _pairing_problem(model, entries)
+
+
+def _gives_each_output_a_loss(model: keras.Model) -> bool:
+    """Whether `loss` is a dict without lists in it, or a list in the order of the outputs."""
+    if isinstance(model.loss, dict):
+        paths = [path for path, _ in keras.tree.flatten_with_path(model.loss)]
+        return not any(isinstance(key, int) for path in paths for key in path)
+    structures = model.loss, compiled_loss_weights(model), getattr(model, "output", None)
+    is_list = all(isinstance(structure, (list, tuple)) for structure in structures)
+    return is_list and hasattr(model, "output_names")
 
 
 def _compound_problem(model: keras.Model, entries: Entries) -> str | None:
@@ -97,17 +92,13 @@ def _compound_problem(model: keras.Model, entries: Entries) -> str | None:
     paths = [path for path, loss in losses.items() if isinstance(loss, keras.metrics.Metric)]
     if not paths:
         return None
-    outputs = list(getattr(model, "output_names", map(_path_name, losses)))
-    if () in paths and (has_several_losses(model) or len(outputs) > 1):
-        is_of_outputs = set(outputs) == set(entries) or outputs == [""]
+    has_several = has_several_losses(model) or len(getattr(model, "output_names", ())) > 1
+    if () in paths and has_several:
         return (
             "`model` has several outputs, and Keras would call the compound loss on each of them. "
-            "Write\n    model.compile(..., "
-            + (
-                "loss=compound.losses, loss_weights=compound.loss_weights)"
-                if is_of_outputs
-                else f"loss={{{outputs[0]!r}: compound, ...}})"
-            )
+            "If each output has one of its losses, write\n"
+            "    model.compile(..., loss=compound.losses, loss_weights=compound.loss_weights)\n"
+            "If all are for one output, write\n    model.compile(..., loss={name: compound, ...})"
         )
     loss_weights = compiled_loss_weights(model)
     weights = dict(keras.tree.flatten_with_path(loss_weights))
@@ -223,17 +214,6 @@ def _by_path(model: keras.Model, structure: Any) -> dict[tuple[Any, ...], Any]:
     if isinstance(structure, (list, tuple)):
         return {(name,): by_path.get((k,)) for k, name in enumerate(model.output_names)}
     return by_path
-
-
-def _output_names(model: keras.Model, entries: Entries) -> list[str]:
-    """The names of the outputs of `model`, as far as it knows them."""
-    if isinstance(model.loss, dict):
-        return list(map(_path_name, _by_path(model, model.loss)))
-    if not hasattr(model, "output_names"):
-        return list(entries)
-    if isinstance(model.output, dict):
-        return list(map(_path_name, _by_path(model, model.output)))
-    return list(model.output_names)
 
 
 def _path_name(path: tuple[Any, ...]) -> str:

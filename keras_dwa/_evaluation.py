@@ -1,7 +1,5 @@
 """Measures the losses of a model by an evaluation that leaves no trace."""
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -18,23 +16,13 @@ def evaluated_sums(
 ) -> Vector:
     """The `Segment.sums` of an evaluation: NaN where the model has no metric of a loss.
 
+    Restores what the evaluation changes: metrics, and the state of layers and seeds.
+
     Args:
         callback: a callback that has the model.
         weights: the callback's weights.
         arguments: the arguments of `evaluate`.
     """
-    model = callback.model
-    with _restored(callback, weights):
-        weights.clear_record()  # Keras does not if the model's `metrics` hides it.
-        model.evaluate(**{"verbose": 0, **arguments})
-        if records(model, weights):
-            return repeat_count(weights.recorded())
-        return TrackerSums(model, weights.names).take(weights.vector.current)
-
-
-@contextlib.contextmanager
-def _restored(callback: keras.callbacks.Callback, weights: LossWeights) -> Iterator[None]:
-    """Restores what an evaluation changes: metrics, and the state of layers and seeds."""
     model, marks = callback.model, weights.marks
     variables = list(model.non_trainable_variables)
     variables += [variable for m in tracked_metrics(model) for variable in m.variables]
@@ -43,7 +31,11 @@ def _restored(callback: keras.callbacks.Callback, weights: LossWeights) -> Itera
     resets, added = marks.resets, marks.added
     with backend.restored_random_state():
         try:
-            yield
+            weights.clear_record()  # Keras does not if the model's `metrics` hides it.
+            model.evaluate(**{"verbose": 0, **arguments})
+            if records(model, weights):
+                return repeat_count(weights.recorded())
+            return TrackerSums(model, weights.names).take(weights.vector.current)
         finally:
             callback.model  # noqa: B018  # On JAX, restores the variables after an error.
             for variable, value in parameters:

@@ -2,7 +2,7 @@
 
 import math
 import numbers
-from functools import cmp_to_key
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -26,7 +26,7 @@ def dwa_weights(
     - `K` is the number of losses, and the sum of the weights.
 
     A loss that is 0 in both epochs has the rate 1, like any loss that does not change. Rates are
-    exact ratios of integers and cannot overflow, so the weights are always finite and >= 0.
+    exact fractions and cannot overflow, so the weights are always finite and >= 0.
 
     Args:
         previous: Averages of the last epoch, `L_k(t-1)`. Shape `(K,)`, any real dtype.
@@ -51,24 +51,6 @@ def dwa_weights(
         "Dynamic Weight Average".
     """
     temperature = check_temperature(temperature)
-    rates = _relative_descending_rates(previous, before_previous)
-    largest = max(rates, key=cmp_to_key(_difference))
-    scale, unit = temperature.as_integer_ratio()
-    logits = []
-    for rate in rates:
-        # (rate - largest) / T. Capped at -800, where `exp` is 0 in float64, so nothing overflows.
-        numerator = _difference(rate, largest) * unit
-        denominator = rate[1] * largest[1] * scale
-        logits.append(max(numerator, -800 * denominator) / denominator)
-    unnormalized = np.exp(logits)
-    weights: NDArray[np.float64] = len(rates) * unnormalized / unnormalized.sum()
-    return weights
-
-
-def _relative_descending_rates(
-    previous: ArrayLike, before_previous: ArrayLike
-) -> list[tuple[int, int]]:
-    """The exact rates, each as a numerator and a denominator > 0."""
     new = _check_averages("previous", previous)
     old = _check_averages("before_previous", before_previous)
     if new.shape != old.shape:
@@ -81,18 +63,16 @@ def _relative_descending_rates(
             "A loss that was 0 in the epoch before and is not 0 now has no rate. "
             f"Found `previous = {new.tolist()}`, `before_previous = {old.tolist()}`."
         )
-    rates = []
-    for later, earlier in zip(new.tolist(), old.tolist(), strict=True):
-        numerator, divisor = (later if earlier else 1.0).as_integer_ratio()
-        denominator, multiplier = (earlier or 1.0).as_integer_ratio()
-        sign = 1 if denominator > 0 else -1
-        rates.append((sign * numerator * multiplier, sign * denominator * divisor))
-    return rates
-
-
-def _difference(rate: tuple[int, int], other: tuple[int, int]) -> int:
-    """The difference of two rates, times both denominators."""
-    return rate[0] * other[1] - other[0] * rate[1]
+    rates = [
+        Fraction(later) / Fraction(earlier) if earlier else Fraction(1)
+        for later, earlier in zip(new.tolist(), old.tolist(), strict=True)
+    ]
+    largest, scale = max(rates), Fraction(temperature)
+    logits = [(rate - largest) / scale for rate in rates]
+    # `exp` of -800 is 0 in float64. A smaller logit may be beyond its range.
+    unnormalized = np.exp([float(max(logit, Fraction(-800))) for logit in logits])
+    weights: NDArray[np.float64] = len(rates) * unnormalized / unnormalized.sum()
+    return weights
 
 
 def undefined_rates(

@@ -6,7 +6,6 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Self
 
@@ -32,7 +31,6 @@ from keras_dwa._ledger import (
 )
 from keras_dwa._loss_weights import LossWeight, LossWeights, State
 from keras_dwa._run import Run
-from keras_dwa._sums import NewSums, TrackerSums
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,8 @@ class LossWeighting(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is invalid. `fit` raises it before the first step if the model
-            was not compiled with these weights, within two steps if the logs lack `<name>_loss`, and
-            at the end of an epoch if the weights have moved but the loss ignores them.
+            was not compiled with these weights, within two steps if the logs lack `<name>_loss`,
+            and at the end of an epoch if the weights have moved but the loss ignores them.
         RuntimeError: From `fit`, if another `fit` uses the callback at the same time, or the
             callback has no model.
 
@@ -177,7 +175,8 @@ class LossWeighting(keras.callbacks.Callback):
         _wiring.check_model(model, weights, in_fit=False)
         self._wrapper = None if wrapper is model else wrapper
         weights.logged = _wiring.logged_by_record(model, weights)
-        weights.marks.is_used = _wiring.stays_compiled(model)
+        compiled_loss = model.loss
+        weights.marks.is_used = lambda: model.loss is compiled_loss
         former = self.model
         if model is former and _wiring.is_tracked(model, weights):
             return
@@ -208,15 +207,8 @@ class LossWeighting(keras.callbacks.Callback):
         by_record = _wiring.records(model, weights)
         # Since Keras 3.16, `fit` itself wraps the model if there are several ranks.
         parallel = self._wrapper or getattr(model, "ddp_model", None)
-        trackers, record = TrackerSums(model, weights.names), weights.record
-        source = record if record is not None and by_record else trackers
-        over_ranks = partial(_ranks.total_in_fit, weights=weights, parallel=parallel)
-        sums = NewSums(source, weights.marks, over_ranks)
-        begins_window = weights.state.window[-1] == 0
         has_windows = self._window_size is not None
-        self._run = Run(
-            model, self.params, sums, by_record, parallel, begins_window, moves_within=has_windows
-        )
+        self._run = Run(model, self.params, weights, by_record, parallel, moves_within=has_windows)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         run, weights = self._this_run(), self._weights
@@ -231,9 +223,9 @@ class LossWeighting(keras.callbacks.Callback):
             )
         weights.is_loaded = False
         run.begin_epoch()
-        run.sums.begin()
+        run.begin_sums()
         if self._window_size:
-            run.sums.take(weights.vector.current)  # Drops what an evaluation added since the reset.
+            run.take_sums()  # Drops what an evaluation added since the reset.
         if self.verbose and self._prints_at_begin:
             _logs.print_weights(type(self).__name__, self._current(), epoch)
         self._warn()
@@ -245,10 +237,10 @@ class LossWeighting(keras.callbacks.Callback):
         run.begun = batch
         if batch < run.next:
             return
-        if batch == 0 and run.sums.is_reset:
+        if batch == 0 and run.is_reset:
             # By another callback's `on_epoch_begin`.
             self._sync()
-            run.sums.take(self._weights.vector.current)
+            run.take_sums()
         if batch > 0:
             self._check_first_batches()
         run.next = batch + 1 if not run.is_checked else math.inf
@@ -291,7 +283,7 @@ class LossWeighting(keras.callbacks.Callback):
         if self._needs_sums():
             self._add_segment(run)
             # Keras resets the record too, unless the model's `metrics` hides it.
-            run.sums.begin()
+            run.begin_sums()
 
     def on_test_end(self, logs: dict[str, float] | None = None) -> None:
         run, weights = self._run_of_test(), self._weights
@@ -301,7 +293,7 @@ class LossWeighting(keras.callbacks.Callback):
         recorded = averages(repeat_count(weights.recorded())) if run.by_record else None
         run.validation = weights.vector.current, recorded
         if self._needs_sums():
-            run.sums.take(weights.vector.current)
+            run.take_sums()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         run, weights = self._this_run(), self._weights
@@ -686,7 +678,7 @@ class LossWeighting(keras.callbacks.Callback):
             run.next = 1  # Any batch.
 
     def _add_segment(self, run: Run, end: int | None = None) -> None:
-        if run.add_segment(self._weights.vector.current, end) and self._window_size:
+        if run.add_segment(end) and self._window_size:
             self._messages.append(
                 "does not know the losses of some batches of the epoch, because an evaluation "
                 "overwrote them. In `callbacks`, list the weighting before those that evaluate."
@@ -791,7 +783,7 @@ class LossWeighting(keras.callbacks.Callback):
             _wiring.check_model(self.model, weights)
         else:
             _wiring.check_metrics(self.model, weights.names)
-        if weights.record is not None and not run.sums.is_reset:
+        if weights.record is not None and not run.is_reset:
             self._sync()
             _wiring.check_record(run.by_record, weights.marks.added, weights.recorded()[-1] != 0)
 

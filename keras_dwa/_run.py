@@ -8,7 +8,10 @@ import keras
 import numpy as np
 
 from keras_dwa._ledger import Segment, Vector
-from keras_dwa._sums import NewSums
+from keras_dwa._loss_record import LossRecord
+from keras_dwa._loss_weights import LossWeights
+from keras_dwa._ranks import total_in_fit
+from keras_dwa._sums import TrackerSums
 
 
 class Run:
@@ -17,14 +20,14 @@ class Run:
     Args:
         model: the model that is trained.
         params: the `params` that `fit` passes to callbacks.
-        sums: reads the new sums of the losses.
+        weights: the callback's weights.
         by_record: whether a compound loss records the losses.
         parallel: the `DistributedDataParallel` in which the model trains, if any.
-        begins_window: whether the run starts with a new window.
         moves_within: whether the weights move within epochs by themselves.
 
     Attributes:
         thread: the thread of the run.
+        begins_window: whether the run starts with a new window.
         moves_within: whether the weights move within epochs, or have done so once.
         next: the next batch before which the callback has something to do; 0 until one begins.
         is_checked: whether the losses of the first batches were checked.
@@ -38,15 +41,19 @@ class Run:
         self,
         model: keras.Model,
         params: Any,
-        sums: NewSums,
+        weights: LossWeights,
         by_record: bool,
         parallel: Any,
-        begins_window: bool,
         moves_within: bool,
     ) -> None:
         self.thread = threading.get_ident()
-        self.sums, self.by_record, self.parallel = sums, by_record, parallel
-        self.begins_window, self.moves_within = begins_window, moves_within
+        self.by_record, self.parallel, self.moves_within = by_record, parallel, moves_within
+        self.begins_window = weights.state.window[-1] == 0
+        self._weights = weights
+        self._sums: TrackerSums | LossRecord = (
+            weights.start_recording() if by_record else TrackerSums(model, weights.names)
+        )
+        self._resets = weights.marks.resets
         self._steps_per_execution = model.steps_per_execution
         # Read now, because `evaluate(callbacks=...)` replaces `params`.
         self._steps = (params or {}).get("steps") or math.inf
@@ -61,6 +68,24 @@ class Run:
         # How many batches of the epoch were read; where the open window begins in the ledger.
         self._read = self._window = 0
         self.validation: tuple[Vector, Vector | None] | None = None
+
+    def begin_sums(self) -> None:
+        """Starts the sums of the losses from zero, as Keras does at the start of an epoch."""
+        self._sums.clear()
+        self._resets = self._weights.marks.resets
+
+    @property
+    def is_reset(self) -> bool:
+        """Whether the sums were reset since `take_sums`, so that new ones are lost."""
+        return self._resets != self._weights.marks.resets
+
+    def take_sums(self) -> Vector:
+        """The `Segment.sums` of the batches since the last call, over all ranks. NaN if unknown."""
+        new = self._sums.take(self._weights.vector.current)
+        if self.is_reset:
+            new = np.full_like(new, np.nan)
+            self._resets = self._weights.marks.resets
+        return total_in_fit(new, self._weights, self.parallel)
 
     def end_batch(self, batch: int) -> None:
         """Notes that a batch has ended. Ignores late calls from an earlier `fit`."""
@@ -81,11 +106,10 @@ class Run:
         """How many batches of the epoch are in the ledger."""
         return self.ledger[-1].end if self.ledger else 0
 
-    def add_segment(self, weights: Vector, end: int | None = None) -> bool:
-        """Adds the batches that are not in the ledger yet.
+    def add_segment(self, end: int | None = None) -> bool:
+        """Adds the batches that are not in the ledger yet. They had the current weights.
 
         Args:
-            weights: their weights.
             end: the number of batches from the start of the epoch to the last of them. None if
                 Keras has not waited for their ends, and the number may be off by one: they then
                 count with the next segment.
@@ -93,13 +117,14 @@ class Run:
         Returns:
             Whether a reset lost their losses.
         """
-        is_reset, new = self.sums.is_reset, self.sums.take(weights)
+        is_reset, new = self.is_reset, self.take_sums()
         begun = self.begun + self._steps_per_execution if end is None else end
         is_lost = is_reset and begun > self._read
         if is_reset and not is_lost:
             new = np.zeros_like(new)
         self._read = begun
-        self.ledger.append(Segment(weights, self.in_ledger if end is None else end, new))
+        end = self.in_ledger if end is None else end
+        self.ledger.append(Segment(self._weights.vector.current, end, new))
         return is_lost
 
     def begin_window(self) -> None:

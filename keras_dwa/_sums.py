@@ -1,51 +1,10 @@
-"""What Keras, or a compound loss, has added to its sums of losses since the last reading."""
-
-from collections.abc import Callable
+"""What Keras has added to its sums of losses since the last reading."""
 
 import keras
 import numpy as np
 
 from keras_dwa._backends import backend
 from keras_dwa._ledger import Vector
-from keras_dwa._loss_record import LossRecord
-from keras_dwa._loss_weights import Marks
-
-
-class NewSums:
-    """The sums of the batches since the last `take`, over all ranks that train one model.
-
-    Args:
-        source: where the sums come from.
-        marks: the marks of the metric that Keras resets together with the sums.
-        over_ranks: a function that adds up the arrays of all ranks.
-    """
-
-    def __init__(
-        self,
-        source: "TrackerSums | LossRecord",
-        marks: Marks,
-        over_ranks: Callable[[Vector], Vector],
-    ) -> None:
-        self._source, self._marks, self._over_ranks = source, marks, over_ranks
-        self._resets = marks.resets
-
-    def begin(self) -> None:
-        """Starts from zero, as Keras does at the start of an epoch."""
-        self._source.clear()
-        self._resets = self._marks.resets
-
-    @property
-    def is_reset(self) -> bool:
-        """Whether the sums were reset since the last `take`, so that new ones are lost."""
-        return self._resets != self._marks.resets
-
-    def take(self, weights: Vector) -> Vector:
-        """The `Segment.sums` of new batches, which had these weights. NaN if unknown."""
-        new = self._source.take(weights)
-        if self.is_reset:
-            new = np.full_like(new, np.nan)
-            self._resets = self._marks.resets
-        return self._over_ranks(new)
 
 
 class TrackerSums:

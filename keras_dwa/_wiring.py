@@ -1,8 +1,7 @@
 """Connects a weighting and its model, and finds what is wrong with the connection."""
 
-import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -92,17 +91,6 @@ def logged_by_record(model: keras.Model, weights: LossWeights) -> tuple[str, ...
     # A compound loss is also a metric.
     trackers = {m.name for m in model.metrics if not isinstance(m, keras.losses.Loss)}
     return tuple(name for name in weights.names if f"{name}_loss" not in trackers)
-
-
-def stays_compiled(model: keras.Model) -> Callable[[], bool]:
-    """A function that tells whether `model` still has its current `loss`."""
-    reference, loss = weakref.ref(model), model.loss
-
-    def has_same_loss() -> bool:
-        alive = reference()
-        return alive is None or alive.loss is loss
-
-    return has_same_loss
 
 
 def check_attached(model: keras.Model | None, weights: LossWeights, callback: Any) -> None:

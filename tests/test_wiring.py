@@ -186,7 +186,6 @@ def begun_in_a_thread(dwa):
 
 
 CALL = "model.compile(..., loss={'easy': ..., 'hard': ...}, loss_weights=weighting.loss_weights)"
-REORDERED = CALL.replace("'easy': ..., 'hard': ...", "'hard': ..., 'easy': ...")
 OUTPUTS = f"    outputs=['easy', 'hard']\nand write\n    {CALL}"
 COMPOUND = "loss=compound.losses, loss_weights=compound.loss_weights)"
 USED = "['easy', 'hard'], temperature=0.2, weights={'easy': 1.0, 'hard': 1.0}) was used by another"
@@ -217,9 +216,11 @@ MISWIRINGS = {
         row("compiled_again_by_another_callback", "{'easy': 10.0,", CALL,
             callbacks=lambda dwa: [dwa, Recompile()]),
         row("no_model", "was given no model", "([weighting], model=model, ...)", run=no_model),
-        row("one_loss_for_all", "one loss, 'mse', for all", CALL, names=["easy"], loss="mse"),
-        row("list_of_losses", "`loss` as a list", REORDERED, arrange=as_list, loss=["mae", "mse"]),
-        row("list_of_losses_of_a_dict", "`loss` as a list", CALL, loss=["mae", "mse"],
+        row("one_loss_for_all", "Found `loss='mse'`", "loss={'easy': ...}", names=["easy"],
+            loss="mse"),
+        row("list_of_losses", "Found `loss=['mae', 'mse']`", CALL, arrange=as_list,
+            loss=["mae", "mse"]),
+        row("list_of_losses_of_a_dict", "alphabetical", CALL, loss=["mae", "mse"],
             weights=in_a_list),
         row("swapped_list", "each loss its own weight", "<LossWeight easy_weight>, <LossW",
             arrange=as_list, loss=["mae", "mse"], weights=in_a_list),
@@ -227,7 +228,7 @@ MISWIRINGS = {
             names=["easy"], weights=lambda ours: {**ours, "hard": new().loss_weights["hard"]}),
         row("no_number_beside", "the outputs ['easy']", OUTPUTS, names=["easy"],
             weights=lambda ours: {**ours, "hard": None}),
-        row("lists_in_a_dict", "['mse']", "loss={'depth': 'mae',",
+        row("lists_in_a_dict", "['mse']", "nested dicts",
             loss={"easy": ["mse"], "hard": ["mae"]}),
         # Keras pairs it with the outputs in the order of the model, not of the loss dict.
         row("list_of_weights", "the structure of `loss={'easy'", "Found `loss_weights=[<Loss",
