@@ -27,6 +27,8 @@ Y = {
     "hard": np.random.default_rng(1).normal(size=(SAMPLES, 2)).astype("float32"),
 }
 LOSSES = {"easy": "mse", "hard": "mae"}
+NAMES = list(LOSSES)
+Lambda = keras.callbacks.LambdaCallback
 
 MODES = {
     "default": {},
@@ -100,19 +102,27 @@ class ComputeLoss(TwoHeads):
         return self.compound(y, y_pred, sample_weight)
 
 
-def train(
-    model, dwa, x=X, y=Y, *, loss=LOSSES, epochs=3, optimizer=None, mode=None, others=(), **fit
-):
+def compiled(model, weighting=None, rate=0.05, **arguments):
+    """Compiles a model, with the weights unless it calls a compound loss; returns it."""
+    if weighting and not isinstance(model, ComputeLoss):
+        arguments = {"loss": LOSSES, "loss_weights": weighting.loss_weights, **arguments}
+    model.compile(**{"optimizer": keras.optimizers.SGD(rate), **arguments})
+    return model
+
+
+def fit(model, *callbacks, x=X, y=Y, **arguments):
+    """Fits three epochs of five batches in order; returns the history's dict."""
+    batches = {} if y is None else {"batch_size": 8}
+    arguments = {"epochs": 3, "shuffle": False, "verbose": 0, **batches, **arguments}
+    return model.fit(x, y, callbacks=list(callbacks), **arguments).history
+
+
+def train(model, dwa, *data, loss=LOSSES, optimizer=None, mode=None, others=(), **arguments):
     """Compiles and fits as a user would, with `others` as callbacks; returns the history's dict."""
-    if y is not None:
-        fit.setdefault("batch_size", 8)
-    model.compile(
-        optimizer=optimizer or keras.optimizers.SGD(0.05),
-        loss=loss,
-        loss_weights=dwa.loss_weights,
-        **(mode or {}),
-    )
-    return model.fit(x, y, epochs=epochs, verbose=0, callbacks=[dwa, *others], **fit).history
+    optimizer = optimizer or keras.optimizers.SGD(0.05)
+    model.compile(optimizer, loss, loss_weights=dwa.loss_weights, **(mode or {}))
+    arguments |= dict(zip("xy", data, strict=False))
+    return fit(model, dwa, *others, **arguments)
 
 
 def joined(*histories):
@@ -137,9 +147,17 @@ def expected_weights(history, dwa):
     return np.array(weights[: len(losses)])
 
 
+def check_base_loss(history, base_weights, added=0.0, rtol=1e-5):
+    """`base_loss` is the sum of the logged losses under the base weights, and what is added."""
+    for prefix in ("", "val_"):
+        if f"{prefix}loss" in history:
+            parts = [w * np.array(history[f"{prefix}{n}_loss"]) for n, w in base_weights.items()]
+            np.testing.assert_allclose(history[f"{prefix}base_loss"], sum(parts) + added, rtol)
+
+
 def check_run(history, dwa):
     """Logged losses are the weighted sums of logged parts; the weights follow the formula."""
-    names, base_weights = list(dwa.outputs), list(dwa.base_weights.values())
+    names = dwa.outputs
     weights = np.array([history[f"{name}_weight"] for name in names]).T
     for prefix in ("", "val_"):
         if f"{prefix}loss" in history:
@@ -147,9 +165,7 @@ def check_run(history, dwa):
             # With `validation_freq`, the last epoch of each period is the validated one.
             had = weights[len(weights) // len(parts) - 1 :: len(weights) // len(parts)]
             np.testing.assert_allclose(history[f"{prefix}loss"], (had * parts).sum(1), rtol=1e-5)
-            np.testing.assert_allclose(
-                history[f"{prefix}base_loss"], parts @ base_weights, rtol=1e-5
-            )
+    check_base_loss(history, dwa.base_weights)
     expected = expected_weights(history, dwa)
     np.testing.assert_allclose(weights, expected, rtol=1e-6)
     if len(weights) > 2:

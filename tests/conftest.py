@@ -9,7 +9,9 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 import hypothesis
 import keras
 import pytest
-from common import BACKEND, COMPILED_AND_EAGER, MODES
+from common import BACKEND, COMPILED_AND_EAGER, MODES, NAMES
+
+from keras_dwa import DynamicWeightAverage
 
 if BACKEND == "tensorflow":
     import tensorflow as tf
@@ -47,6 +49,11 @@ hypothesis.settings.load_profile("default")
 def mode(request):
     """Arguments of `compile`: compiled and eager. `nox -s deep` adds the other ways."""
     return MODES[request.param]
+
+
+@pytest.fixture
+def dwa():
+    return DynamicWeightAverage(NAMES, temperature=0.2)
 
 
 @pytest.fixture(autouse=True)
