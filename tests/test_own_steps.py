@@ -3,7 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, TwoHeads, X, Y, check_run, heads, one_backend
+from common import BACKEND, TwoHeads, X, check_base_loss, check_run, compiled, heads, one_backend
+from common import fit as fit_model
 from keras import ops
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
@@ -148,9 +149,8 @@ class Example(OwnStep):
 
 
 def fit(model, *callbacks, x=X, mode=(), **arguments):
-    model.compile(keras.optimizers.SGD(0.02), **dict(mode))
-    arguments = {"batch_size": 8, "epochs": 3, "verbose": 0, **arguments}
-    return model.fit(x, callbacks=list(callbacks), **arguments).history
+    compiled(model, rate=0.02, **dict(mode))
+    return fit_model(model, *callbacks, x=x, y=None, **{"batch_size": 8, **arguments})
 
 
 # What a step logs.
@@ -168,22 +168,6 @@ def test_step_of_kerass_example_only_combines_its_terms(dwa, counted_by):
     history = fit(model, dwa, batch_size=32)  # 32 and 8.
     check_run(history, dwa)
     assert set(history) == KEYS
-
-
-def test_own_step_trains_on_the_weights_that_are_logged(dwa):
-    class Floats(OwnStep):
-        def total(self, x, y_pred, terms, training):
-            return sum(weights[name] * terms[name] for name in NAMES)
-
-    model, expected = OwnStep(dwa), Floats(LossWeighting(NAMES))
-    model(X), expected(X)
-    expected.set_weights(model.get_weights())
-    history = fit(model, dwa, shuffle=False)
-    for epoch in range(3):
-        weights = {name: history[f"{name}_weight"][epoch] for name in NAMES}
-        fit(expected, epochs=1, shuffle=False)
-    for ours, theirs in zip(model.get_weights(), expected.get_weights(), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
 def test_terms_that_the_step_does_not_log_are_added(dwa):
@@ -212,49 +196,23 @@ def test_tracker_that_compute_loss_updates_is_the_log_of_its_term(dwa):
     assert set(history) > KEYS
 
 
-def doubled(model, terms):
-    return {**terms, "kl": 2.0 * terms["kl"]}
+def test_weights_follow_what_was_recorded_and_trackers_stay_in_the_logs(dwa):
+    class Doubled(VAE):
+        def shown(self, terms):
+            return {**terms, "kl": 2.0 * terms["kl"]}
 
-
-def of_last_batch(model, terms):
-    model.trackers["kl"].reset_state()
-    return terms
-
-
-@pytest.mark.parametrize("shown", [doubled, of_last_batch])
-def test_weights_follow_what_was_recorded_and_trackers_stay_in_the_logs(dwa, shown):
-    plain, histories = LossWeighting(NAMES), []
-    for weighting, own in ((dwa, {"shown": shown}), (plain, {})):
+    def fit_one_epoch(make_model, weighting):
         keras.utils.set_random_seed(0)
-        model = type("Model", (VAE,), own)(weighting, ["kl"])
-        fit_arguments = {"validation_data": (X,), "epochs": 1, "shuffle": False}
-        histories.append(fit(model, weighting, **fit_arguments))
-    ours, expected = histories
+        return fit(make_model(weighting, ["kl"]), weighting, validation_data=(X,), epochs=1)
+
+    ours, expected = fit_one_epoch(Doubled, dwa), fit_one_epoch(VAE, LossWeighting(NAMES))
     assert ours["kl_loss"] != expected["kl_loss"]
     for key in ("loss", "base_loss", "val_base_loss", "reconstruction_loss"):
         np.testing.assert_allclose(ours[key], expected[key], rtol=1e-6)
     np.testing.assert_allclose(dwa.state["losses"][0][0], expected["kl_loss"], rtol=1e-6)
 
 
-def test_term_that_is_nan_in_tracker_and_record_is_no_mismatch(dwa):
-    with pytest.warns(UserWarning, match="not finite"):
-        fit(VAE(dwa, ["kl"]), dwa, x=np.full_like(X, np.nan), epochs=1)
-    assert dwa.factors == dict.fromkeys(NAMES, 1.0)
-
-
-# How a step uses compound losses.
-
-
-def test_terms_count_by_their_samples(dwa):
-    check_run(fit(VAE(dwa, recorded_by=samples), dwa, batch_size=32), dwa)  # 32 and 8.
-
-
-def test_compound_loss_that_is_used_twice_in_a_step_is_no_mismatch(dwa):
-    class Twice(VAE):
-        def total(self, x, y_pred, terms, training):
-            return 0.5 * self.compound.combine(terms) + 0.5 * self.compound.combine(terms)
-
-    check_run(fit(Twice(dwa, ["kl"]), dwa), dwa)
+# Several compound losses.
 
 
 class Sum(VAE):
@@ -277,8 +235,7 @@ def test_two_weightings_of_one_loss_both_count_in_base_loss(dwa):
     losses = {name: np.array(history[f"{name}_loss"]) for name in (*NAMES, "size")}
     total = sum(loss * history[f"{name}_weight"] for name, loss in losses.items())
     np.testing.assert_allclose(history["loss"], total, rtol=1e-5)
-    base = losses["reconstruction"] + losses["kl"] + 2 * losses["size"]
-    np.testing.assert_allclose(history["base_loss"], base, rtol=1e-5)
+    check_base_loss(history, {**dwa.base_weights, **by_hand.base_weights})
 
 
 class Nested(keras.Model):
@@ -292,11 +249,9 @@ def test_losses_that_are_weighted_twice_are_refused():
     inner.assign({"easy": 0.5})
     model = Nested(*heads())
     model.compound = CompoundLoss(outer.outputs, outer)
-    model.compile("sgd", LOSSES, loss_weights=inner.loss_weights)
-    with pytest.raises(
-        ValueError, match=r"`compile` already weighted: \['easy', 'hard'\]\.(?s:.*)Add the"
-    ):
-        model.fit(X, Y, verbose=0, callbacks=[inner, outer])
+    message = r"`compile` already weighted: \['easy', 'hard'\]\.(?s:.*)Add the"
+    with pytest.raises(ValueError, match=message):
+        fit_model(compiled(model, inner), inner, outer)
 
 
 @one_backend
@@ -384,8 +339,7 @@ def test_validation_under_no_weights_or_base_weights_has_the_right_base_loss(kl_
     model.kl_in_validation = kl_in_validation
     history = fit(model, dwa, validation_data=(X,))
     assert abs(history["kl_weight"][2] / 4 - 1) > 1e-3
-    base = np.array(history["val_reconstruction_loss"]) + 4 * np.array(history["val_kl_loss"])
-    np.testing.assert_allclose(history["val_base_loss"], base, rtol=1e-5)
+    check_base_loss(history, dwa.base_weights)
 
 
 # Wrong first attempts.
