@@ -10,12 +10,17 @@ import pytest
 from common import (
     BACKEND,
     LOSSES,
+    MODES,
     ComputeLoss,
+    Lambda,
     X,
     Y,
+    check_base_loss,
     check_run,
+    compiled,
     deep_elsewhere,
     dict_model,
+    fit,
     one_backend,
     train,
 )
@@ -24,8 +29,6 @@ from test_own_steps import NAMES, VAE, Example, OwnStep, descend
 
 import keras_dwa
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, LossWeightScheduler
-
-Lambda = keras.callbacks.LambdaCallback
 
 
 def halve(period, factors):
@@ -42,14 +45,11 @@ def test_base_loss_of_a_model_that_stands_still_does(update_freq, regularizer):
         {"easy": 2.0, "hard": 0.5}, lambda period: {"easy": 0.1 + 3 * period}, update_freq
     )
     model = dict_model(kernel_regularizer=regularizer)
-    optimizer, fit = keras.optimizers.SGD(0.0), {"batch_size": 16, "shuffle": False}
-    fit |= {"validation_data": (x, Y), "validation_batch_size": 16}
-    history = train(model, schedule, x, optimizer=optimizer, **fit)
+    data = {"x": x, "validation_data": (x, Y), "validation_batch_size": 16}
+    history = fit(compiled(model, schedule, 0.0), schedule, batch_size=16, **data)
     added = sum(float(keras.ops.convert_to_numpy(loss)) for loss in model.losses)
+    check_base_loss(history, schedule.base_weights, added)
     for prefix in ("", "val_"):
-        losses = [np.array(history[f"{prefix}{name}_loss"]) for name in LOSSES]
-        expected = 2.0 * losses[0] + 0.5 * losses[1] + added
-        np.testing.assert_allclose(history[f"{prefix}base_loss"], expected, rtol=1e-5)
         np.testing.assert_allclose(np.diff(history[f"{prefix}base_loss"]), 0.0, atol=1e-2)
 
 
@@ -75,64 +75,50 @@ def graphs(numbers_of_nodes):
         yield np.ones((2, nodes, 1)), y
 
 
-@pytest.mark.parametrize("eager", [False, True])
-@pytest.mark.parametrize("numbers_of_nodes", [[3] * 4, [3, 1, 2, 1]])
-def test_outputs_of_other_first_axes_have_averages_of_their_own(eager, numbers_of_nodes):
-    def fit(weighting, *others):
-        model, losses = Graphs(), {"graph": "mse", "node": "mse"}
-        arguments = {"loss_weights": weighting.loss_weights, "run_eagerly": eager}
-        model.compile(keras.optimizers.SGD(0.0), losses, **arguments)
-        callbacks = [weighting, *others]
-        data = graphs(numbers_of_nodes)
-        fit = {"steps_per_epoch": len(numbers_of_nodes), "shuffle": False, "verbose": 0}
-        history = model.fit(data, callbacks=callbacks, **fit).history
-        np.testing.assert_allclose(history["base_loss"], [5.0], rtol=1e-5)
-        return weighting.windows
-
-    for windows in (
-        fit(LossWeightScheduler(["node", "graph"], halve, update_freq=2)),
-        fit(dwa := DynamicWeightAverage(["node", "graph"], update_freq=1)),
-    ):
-        for window in windows:
-            np.testing.assert_allclose(list(window.losses.values()), [4.0, 1.0], rtol=1e-5)
-    np.testing.assert_allclose(list(dwa.factors.values()), [1.0, 1.0], rtol=1e-5)
-    weighting = LossWeighting(["node", "graph"])
-    assign = Lambda(
-        on_train_batch_begin=lambda batch, logs: batch == 1 and weighting.assign({"node": 0.25})
+@pytest.mark.parametrize("eager", [False, True] if "eager" in MODES else [False])
+def test_outputs_of_other_first_axes_have_averages_of_their_own(eager):
+    schedule = LossWeightScheduler(["node", "graph"], halve, update_freq=2)
+    model = compiled(
+        Graphs(), schedule, 0.0, loss={"graph": "mse", "node": "mse"}, run_eagerly=eager
     )
-    fit(weighting, assign)
+    assign = Lambda(
+        on_train_batch_begin=lambda batch, logs: batch == 1 and schedule.assign({"node": 0.25})
+    )
+    data = {"x": graphs([3, 1, 2, 1]), "y": None, "steps_per_epoch": 4}
+    history = fit(model, schedule, assign, epochs=1, **data)
+    np.testing.assert_allclose(history["base_loss"], [5.0], rtol=1e-5)
+    assert len(schedule.windows) == 2
+    for window in schedule.windows:
+        np.testing.assert_allclose(list(window.losses.values()), [4.0, 1.0], rtol=1e-5)
 
 
 # A compound loss that a step does not use exactly once.
 
 
-def fit_still(model, *callbacks, **arguments):
+def fit_still(model, *callbacks, validation=X, **arguments):
     """Three epochs with validation, at a learning rate of 0."""
     model.compile(keras.optimizers.SGD(0.0), **arguments)
-    fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "validation_data": (X,)}
-    return model.fit(X, callbacks=list(callbacks), **fit).history
+    return fit(model, *callbacks, y=None, batch_size=8, validation_data=(validation,))
 
 
-def check_still(history, of_base_loss=1.0):
+def check_still(history, uses=1.0):
     """The weights move, and what does not depend on them stays the same."""
     weights = np.array([history[f"{name}_weight"] for name in NAMES])
     np.testing.assert_allclose(weights, [[1, 1 / 2, 1 / 3], [1, 2, 3]], rtol=1e-6)
     for prefix in ("", "val_"):
         losses = np.array([history[f"{prefix}{name}_loss"] for name in NAMES])
         np.testing.assert_allclose(losses, losses[:, [0, 0, 0]], rtol=1e-5)
-        base_loss = history[f"{prefix}base_loss"]
-        np.testing.assert_allclose(base_loss, of_base_loss * losses.sum(axis=0), rtol=1e-5)
+    check_base_loss(history, dict.fromkeys(NAMES, uses))
 
 
-@pytest.mark.parametrize("share", [0.5, 1.0], ids=["averaged", "added up"])
-def test_two_views_of_a_batch_in_one_step(share):
+def test_two_views_of_a_batch_in_one_step():
     class Twice(VAE):
         def total(self, x, y_pred, terms, training):
             of_view = {name: 2.0 * term for name, term in terms.items()}
-            return share * (self.compound.combine(terms) + self.compound.combine(of_view))
+            return self.compound.combine(terms) + self.compound.combine(of_view)
 
     schedule = LossWeightScheduler(NAMES, halve)
-    check_still(fit_still(Twice(schedule), schedule), of_base_loss=2 * share)
+    check_still(fit_still(Twice(schedule), schedule), uses=2.0)
 
 
 class Critic(OwnStep):
@@ -162,6 +148,7 @@ def test_three_uses_in_a_train_step():
     check_still(fit_still(Critic(schedule), schedule))
 
 
+@deep_elsewhere
 def test_step_in_which_nothing_is_used_is_no_batch():
     class EverySecond(VAE):
         steps = 0
@@ -188,10 +175,7 @@ def test_validation_of_a_model_whose_metrics_hide_the_record_is_apart_from_train
             return self.log(x, self.compute_loss(x, y_pred=self(x), training=False))
 
     schedule = LossWeightScheduler(NAMES, halve)
-    model = Validates(schedule)
-    model.compile(keras.optimizers.SGD(0.0))
-    fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "validation_data": (3 * X,)}
-    check_still(model.fit(X, callbacks=[schedule], **fit).history)
+    check_still(fit_still(Validates(schedule), schedule, validation=3 * X))
 
 
 @one_backend
@@ -207,45 +191,19 @@ def test_epoch_without_a_use_after_the_first_holds_the_weights():
     model = FirstEpochOnly(dwa)
     model.compile("sgd", run_eagerly=True)
     with pytest.warns(UserWarning, match="epoch 2 did not use its compound loss"):
-        history = model.fit(X, batch_size=8, epochs=2, verbose=0, callbacks=[dwa]).history
+        history = fit(model, dwa, y=None, batch_size=8, epochs=2)
     assert len(history["kl_weight"]) == 1
 
 
-def test_compound_loss_of_two_models_in_turn():
-    dwa = DynamicWeightAverage(list(LOSSES), temperature=0.2)
+@deep_elsewhere
+def test_compound_loss_of_two_models_in_turn(dwa):
     first, second = ComputeLoss(dwa), ComputeLoss(LossWeighting(list(LOSSES)))
     second.compound = first.compound
     for model in (first, second):
-        model.compile(keras.optimizers.SGD(0.05))
-        fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "callbacks": [dwa]}
-        check_run(model.fit(X, Y, **fit).history, dwa)
+        check_run(fit(compiled(model, dwa), dwa), dwa)
 
 
 # What happens in parallel with the steps.
-
-
-def compiled(weighting, rate=0.05):
-    model = dict_model()
-    model.compile(keras.optimizers.SGD(rate), LOSSES, loss_weights=weighting.loss_weights)
-    return model
-
-
-def test_evaluation_within_an_epoch_that_has_the_callback_leaves_windows_alone():
-    dwa = DynamicWeightAverage(list(LOSSES), update_freq=3)
-    model = compiled(dwa, rate=0.0)
-
-    def evaluate(batch, logs):
-        if batch % 2:
-            model.evaluate(X, Y, batch_size=len(X), verbose=0, callbacks=[dwa])
-
-    fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "shuffle": False}
-    model.fit(X, Y, callbacks=[dwa], **fit)
-    expected = dwa.windows
-    model.fit(X, Y, callbacks=[dwa, Lambda(on_train_batch_end=evaluate)], **fit)
-    windows = dwa.windows[len(expected) :]
-    assert [window.batches for window in windows] == [window.batches for window in expected]
-    for window, other in zip(windows, expected, strict=True):
-        np.testing.assert_allclose(window.losses["easy"], other.losses["easy"], rtol=1e-4)
 
 
 @deep_elsewhere
@@ -256,6 +214,7 @@ def test_evaluation_within_an_epoch_that_has_the_callback_leaves_windows_alone()
         ("on_epoch_begin", True, False),
         ("on_epoch_begin", False, True),
         ("on_epoch_end", True, True),
+        ("on_train_batch_end", False, True),
         ("on_test_end", False, True),
     ],
 )
@@ -266,8 +225,8 @@ def test_evaluation_beside_the_batches_leaves_windows_and_logs_alone(hook, is_fi
     def run(evaluates):
         keras.utils.set_random_seed(0)
         schedule = LossWeightScheduler(list(LOSSES), halve, update_freq=3)
-        model, busy = ComputeLoss(schedule), []
-        model.compile(keras.optimizers.SGD(0.0))
+        model = dict_model() if hook == "on_train_batch_end" else ComputeLoss(schedule)
+        busy = []
 
         def evaluate(*args, **logs):
             if evaluates and not busy:
@@ -276,14 +235,14 @@ def test_evaluation_beside_the_batches_leaves_windows_and_logs_alone(hook, is_fi
                 model.evaluate(2 * X, Y, batch_size=8, verbose=0, callbacks=callbacks)
                 busy.clear()
 
+        compiled(model, schedule, 0.0)
         callbacks = [schedule, Lambda(**{hook: evaluate})][:: -1 if is_first else 1]
-        fit = {"batch_size": 8, "epochs": 3, "verbose": 0, "shuffle": False}
-        history = model.fit(X, Y, validation_data=(X, Y), callbacks=callbacks, **fit).history
-        return history, schedule.windows
+        return fit(model, *callbacks, validation_data=(X, Y)), schedule.windows
 
     (history, windows), (expected, expected_windows) = run(True), run(False)
-    # Keras's own `loss` includes the evaluation at the start of the epoch.
-    for key in expected if hook != "on_epoch_begin" else ("easy_weight", "val_base_loss"):
+    # Keras's own losses include an evaluation that begins within the epoch.
+    is_within = hook in ("on_epoch_begin", "on_train_batch_end")
+    for key in ("easy_weight", "val_base_loss") if is_within else expected:
         np.testing.assert_allclose(history[key], expected[key], rtol=1e-5)
     assert [window.weights for window in windows] == [w.weights for w in expected_windows]
     for window, other in zip(windows, expected_windows, strict=True):
@@ -291,17 +250,17 @@ def test_evaluation_beside_the_batches_leaves_windows_and_logs_alone(hook, is_fi
         np.testing.assert_allclose(window.losses["easy"], other.losses["easy"], rtol=1e-5)
 
 
+@one_backend
 def test_schedule_that_begins_with_all_losses_off_is_no_alarm():
     schedule = LossWeightScheduler(
         list(LOSSES), lambda period, factors: dict.fromkeys(factors, period / 10), update_freq=1
     )
-    fit = {"batch_size": 8, "epochs": 1, "verbose": 0}
-    history = compiled(schedule).fit(X, Y, callbacks=[schedule], **fit).history
+    history = train(dict_model(), schedule, epochs=1)
     np.testing.assert_allclose(history["easy_weight"], [0.2], rtol=1e-6)
 
 
-def test_weight_is_read_in_another_thread_beside_the_steps():
-    dwa, stop = DynamicWeightAverage(list(LOSSES), temperature=0.2), threading.Event()
+def test_weight_is_read_in_another_thread_beside_the_steps(dwa):
+    stop = threading.Event()
 
     def look():
         read = set()
@@ -312,8 +271,7 @@ def test_weight_is_read_in_another_thread_beside_the_steps():
     with ThreadPoolExecutor() as pool:
         watched = pool.submit(look)
         try:
-            fit = {"batch_size": 1, "epochs": 3, "verbose": 0}
-            history = compiled(dwa).fit(X, Y, callbacks=[dwa], **fit).history
+            history = train(dict_model(), dwa, batch_size=1)
         finally:
             stop.set()
     check_run(history, dwa)
@@ -337,11 +295,8 @@ class Beside(keras.callbacks.Callback):
 @pytest.mark.filterwarnings("ignore:.*CallbackList.__del__")  # Keras 3.10's own.
 def test_ends_of_a_broken_fit_that_come_in_the_next_one_change_nothing():
     dwa = DynamicWeightAverage(list(LOSSES), temperature=0.2, update_freq=2)
-    model, go_on, ended = compiled(dwa), threading.Event(), threading.Semaphore(0)
-
-    def fit(*callbacks):
-        fit = {"batch_size": 8, "epochs": 4, "verbose": 0}
-        model.fit(X, Y, callbacks=list(callbacks), **fit)
+    model, go_on = compiled(dict_model(), dwa), threading.Event()
+    ended = threading.Semaphore(0)
 
     def break_off(batch, logs):
         if batch == 2:
@@ -356,9 +311,9 @@ def test_ends_of_a_broken_fit_that_come_in_the_next_one_change_nothing():
     slow = Beside(lambda batch: go_on.wait(timeout=60))
     last = Beside(lambda batch: ended.release())
     with pytest.raises(KeyboardInterrupt):
-        fit(slow, dwa, last, Lambda(on_train_batch_begin=break_off))
+        fit(model, slow, dwa, last, Lambda(on_train_batch_begin=break_off))
     dwa.reset()
-    fit(dwa, Beside(let_the_others_end))
+    fit(model, dwa, Beside(let_the_others_end), epochs=4)
     assert [window.batches for window in dwa.windows] == [2] * 10
 
 
@@ -369,8 +324,8 @@ def test_hooks_return_at_once_after_the_first_batches():
     def calls(batches):
         """The number of calls of the package's functions in an epoch of that many batches."""
         dwa, counted = DynamicWeightAverage(list(LOSSES)), []
-        model = compiled(dwa)
-        model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa])
+        model = compiled(dict_model(), dwa)
+        fit(model, dwa, epochs=1)
 
         def count(frame, event, argument):
             if event == "call" and frame.f_code.co_filename.startswith(package):
@@ -380,8 +335,7 @@ def test_hooks_return_at_once_after_the_first_batches():
         sys.setprofile(count)
         threading.setprofile(count)
         try:
-            fit = {"batch_size": 1, "steps_per_epoch": batches, "verbose": 0}
-            model.fit(X, Y, callbacks=[dwa], **fit)
+            fit(model, dwa, epochs=1, batch_size=1, steps_per_epoch=batches)
         finally:
             sys.setprofile(previous)
             threading.setprofile(None)
