@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import keras
 import numpy as np
@@ -9,26 +10,30 @@ import pytest
 from common import (
     BACKEND,
     COMPILED_AND_EAGER,
-    LOSSES,
     MODES,
+    NAMES,
     ComputeLoss,
+    Lambda,
     X,
     Y,
+    check_base_loss,
+    compiled,
+    deep_elsewhere,
     dict_model,
     expected_weights,
     heads,
     one_backend,
     our_messages,
 )
+from common import fit as fit_model
 from run_to_kill import Stop
 
 from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler
 
-NAMES = list(LOSSES)
 BATCH = 8
 BATCHES = len(X) // BATCH
 BASE = {"easy": 2.0, "hard": 0.5}
-Lambda = keras.callbacks.LambdaCallback
+no_torch = pytest.mark.skipif(BACKEND == "torch", reason="torch has no steps_per_execution")
 
 
 @pytest.fixture(params=["compile", "compute_loss"])
@@ -36,39 +41,28 @@ def way(request):
     return request.param
 
 
-def make(way, weighting, optimizer=None, **arguments):
-    if way == "compute_loss":
-        model = ComputeLoss(weighting)
-    else:
-        model = dict_model()
-        arguments |= {"loss": LOSSES, "loss_weights": weighting.loss_weights}
-    model.compile(optimizer or keras.optimizers.SGD(0.05), **arguments)
-    return model
+def make(way, weighting, rate=0.05, **arguments):
+    model = ComputeLoss(weighting) if way == "compute_loss" else dict_model()
+    return compiled(model, weighting, rate, **arguments)
 
 
-def start(way, update_freq, optimizer=None, **arguments):
+def start(way, update_freq, rate=0.05, **arguments):
     """A model that always starts with the same parameters, and its callback."""
     keras.utils.set_random_seed(0)
     dwa = DynamicWeightAverage(BASE, 0.2, update_freq)
-    model = make(way, dwa, optimizer, **arguments)
+    model = make(way, dwa, rate, **arguments)
     model(X)
     return model, dwa
 
 
-def fit(model, *callbacks, epochs=4, y=Y, **arguments):
-    arguments = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **arguments}
-    return model.fit(X, y, epochs=epochs, callbacks=list(callbacks), **arguments).history
+def fit(model, *callbacks, epochs=4, **arguments):
+    return fit_model(model, *callbacks, epochs=epochs, **arguments)
 
 
 def easy_losses(model):
     """The loss of each batch of an epoch, for a model that does not learn."""
     errors = model.predict(X, verbose=0)["easy"] - Y["easy"]
     return np.square(errors).reshape(BATCHES, BATCH).mean(1)
-
-
-def check_base_loss(history, prefix=""):
-    expected = sum(BASE[name] * np.array(history[f"{prefix}{name}_loss"]) for name in NAMES)
-    np.testing.assert_allclose(history[f"{prefix}base_loss"], expected, rtol=1e-5)
 
 
 # Windows longer and shorter than an epoch; one ends together with it.
@@ -100,7 +94,7 @@ def test_weights_follow_windows_that_go_over_the_ends_of_epochs(way, size, mode)
     np.testing.assert_allclose([history[f"{name}_weight"] for name in NAMES], means, rtol=1e-3)
     totals = (had * losses).sum(1).reshape(5, BATCHES).mean(1)
     np.testing.assert_allclose(history["loss"], totals, rtol=1e-3)
-    check_base_loss(history)
+    check_base_loss(history, BASE)
 
 
 def test_schedule_of_windows_weights_each_step(way):
@@ -125,37 +119,33 @@ def test_schedule_of_windows_weights_each_step(way):
 
 
 def test_batches_of_unequal_sizes_count_as_keras_counts_them(way):
-    eager = (
-        BACKEND == "tensorflow" and way == "compile"
-    )  # In a graph, TensorFlow does not count samples.
-    model, dwa = start(way, 2, keras.optimizers.SGD(0.0), run_eagerly=eager)
+    # In a graph, TensorFlow does not count samples.
+    eager = BACKEND == "tensorflow" and way == "compile"
+    model, dwa = start(way, 2, 0.0, run_eagerly=eager)
     history = fit(model, dwa, batch_size=32, epochs=2)  # 32 and 8.
     for name in NAMES:
         averages = [window.losses[name] for window in dwa.windows]
         np.testing.assert_allclose(averages, history[f"{name}_loss"], rtol=1e-5)
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras takes no steps_per_execution on torch")
-def test_window_closes_at_the_first_call_that_has_seen_its_batches(way):
-    model, dwa = start(way, 3, steps_per_execution=2)
+@no_torch
+def test_window_closes_at_the_first_call_that_has_seen_its_batches():
+    model, dwa = start("compile", 3, steps_per_execution=2)
     fit(model, dwa)  # Calls of 2, 2 and 1 batches: windows end after 3, 6, 9, ... batches.
     assert [window.batches for window in dwa.windows] == [4, 3, 2, 3, 3, 4]
 
 
-@pytest.mark.skipif(BACKEND == "torch", reason="Keras takes no steps_per_execution on torch")
-@pytest.mark.parametrize(("size", "numbers"), [(1, [0, 2, 4, 5, 7, 9, 10]), (3, [0, 1, 2, 3])])
-def test_schedule_of_windows_counts_batches_whatever_a_call_holds(way, size, numbers):
+@no_torch
+def test_schedule_of_windows_counts_batches_whatever_a_call_holds():
     found = []
-    schedule = LossWeightScheduler(
-        BASE, lambda number: found.append(number) or {"hard": number}, update_freq=size
-    )
-    history = fit(make(way, schedule, steps_per_execution=2), schedule, epochs=2)
-    assert sorted(set(found)) == numbers
-    if size == 1:
-        had = [0.5 * np.average(n, weights=[2, 2, 1]) for n in ([0, 2, 4], [5, 7, 9])]
-        np.testing.assert_allclose(history["hard_weight"], had, rtol=1e-6)
+    schedule = LossWeightScheduler(BASE, lambda n: found.append(n) or {"hard": n}, update_freq=1)
+    history = fit(make("compile", schedule, steps_per_execution=2), schedule, epochs=2)
+    assert sorted(set(found)) == [0, 2, 4, 5, 7, 9, 10]
+    had = [0.5 * np.average(n, weights=[2, 2, 1]) for n in ([0, 2, 4], [5, 7, 9])]
+    np.testing.assert_allclose(history["hard_weight"], had, rtol=1e-6)
 
 
+@deep_elsewhere
 def test_validation_and_evaluations_leave_windows_alone(way):
     def windows(*callbacks, **arguments):
         model, dwa = start(way, 3)
@@ -168,6 +158,7 @@ def test_validation_and_evaluations_leave_windows_alone(way):
     assert len(found) == 6
 
 
+@deep_elsewhere
 def test_checkpoint_within_a_window_resumes_bit_for_bit(way, tmp_path):
     model, dwa = start(way, 7)
     files = f"{tmp_path}/{{epoch}}.weights.h5"
@@ -184,6 +175,7 @@ def test_checkpoint_within_a_window_resumes_bit_for_bit(way, tmp_path):
         np.testing.assert_array_equal(ours, theirs)
 
 
+@deep_elsewhere
 def test_window_goes_on_in_the_next_fit_and_starts_its_epoch_again_after_an_exception(way):
     model, dwa = start(way, 4)
     fit(model, dwa, epochs=1)
@@ -204,20 +196,17 @@ def test_ignored_weights_are_found_in_windows_too():
             return keras.ops.mean(errors["easy"] ** 2) + keras.ops.mean(abs(errors["hard"]))
 
     schedule = LossWeightScheduler(NAMES, lambda period, factors: {"hard": period % 2}, 1)
-    model = Ignores(schedule)
-    model.compile("sgd")
     with pytest.raises(ValueError, match=r"do not reach the loss.*'hard': 0\.4"):
-        fit(model, schedule)
+        fit(compiled(Ignores(schedule), schedule), schedule)
 
 
+@deep_elsewhere
 def test_single_output_that_is_off_in_a_window_has_no_loss_there():
     """Keras logs only its weighted loss."""
     factors = [1.0, 0.5, 0.25, 0.0, 2.0, 1.0]
     inputs, outputs = heads()
     schedule = LossWeightScheduler({"easy": 3.0}, lambda period, _: {"easy": factors[period]}, 2)
-    model = keras.Model(inputs, outputs["easy"])
-    weights = schedule.loss_weights
-    model.compile(keras.optimizers.SGD(0.0), {"easy": "mse"}, loss_weights=weights)
+    model = compiled(keras.Model(inputs, outputs["easy"]), schedule, 0.0, loss={"easy": "mse"})
     history = fit(model, schedule, y=Y["easy"], epochs=2)
     expected = 3 * np.repeat(factors[:5], 2).reshape(2, BATCHES).mean(1)
     np.testing.assert_allclose(history["easy_weight"], expected, rtol=1e-6)
@@ -233,16 +222,15 @@ def test_single_output_that_is_off_in_a_window_has_no_loss_there():
 def test_one_output_beside_a_number():
     weighting = LossWeighting({"easy": 4.0}, update_freq=2)
     double = Lambda(on_train_batch_begin=lambda batch, logs: weighting.assign({"easy": 1 + batch}))
-    model = dict_model()
-    model.compile("sgd", LOSSES, loss_weights={**weighting.loss_weights, "hard": 0.5})
-    history = fit(model, weighting, double, epochs=2)
-    base = 4 * np.array(history["easy_loss"]) + 0.5 * np.array(history["hard_loss"])
-    np.testing.assert_allclose(history["base_loss"], base, rtol=1e-5)
+    weights = {**weighting.loss_weights, "hard": 0.5}
+    model = compiled(dict_model(), weighting, loss_weights=weights)
+    check_base_loss(fit(model, weighting, double, epochs=2), {"easy": 4.0, "hard": 0.5})
 
 
 def test_nan_holds_the_weights_and_stays_in_keras_sums_but_not_in_a_compound_loss(way):
     # This optimizer skips steps whose gradients are NaN.
-    model, dwa = start(way, 1, keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.0)))
+    skips = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.0))
+    model, dwa = start(way, 1, optimizer=skips)
     poisoned = {**Y, "easy": np.where(np.arange(len(X))[:, None] < BATCH, np.nan, Y["easy"])}
     left_out = r"after 1 windows: .*'easy' \(nan\).*, so the window is left out"
     with pytest.warns(UserWarning, match=left_out) as warned:
@@ -300,12 +288,11 @@ def test_data_that_ends_as_a_window_closes(way):
     counts_right = BACKEND != "tensorflow" or way == "compute_loss"
     schedule = LossWeightScheduler(BASE, lambda period, factors: {"easy": 1 / (1 + period)}, 5)
     model = make(way, schedule)
-    arguments = {"validation_data": (X, Y), "validation_batch_size": BATCH, "shuffle": False}
+    validation = {"validation_data": (X, Y), "validation_batch_size": BATCH}
     for epoch in range(2):
-        history = model.fit(batches(), verbose=0, callbacks=[schedule], **arguments).history
-        check_base_loss(history, "val_")
-        if counts_right:
-            check_base_loss(history)
+        history = fit(model, schedule, x=batches(), y=None, epochs=1, **validation)
+        right = {key: history[key] for key in history if counts_right or key != "loss"}
+        check_base_loss(right, BASE)
         window = schedule.windows[epoch]
         assert (window.batches, window.weights["easy"]) == (5, 2 / (1 + epoch))
         total = sum(window.weights[name] * window.losses[name] for name in NAMES)
@@ -314,39 +301,31 @@ def test_data_that_ends_as_a_window_closes(way):
         np.testing.assert_allclose(weights, [2 / (2 + epoch), 0.5], rtol=1e-6)
 
 
-@one_backend
-@pytest.mark.parametrize(("call", "first"), [("reset_metrics", 0), ("reset", 0), ("reset", 2)])
-def test_reset_within_an_epoch_begins_a_window(call, first):
-    model, dwa = start("compile", 3, keras.optimizers.SGD(0.0))
-    reset = model.reset_metrics if call == "reset_metrics" else dwa.reset
-    hook = "on_train_batch_begin" if first else "on_epoch_begin"
-    look = Lambda(**{hook: lambda number, logs: number == first and reset()})
-    model.evaluate(X, Y, verbose=0, callbacks=[dwa])
-    fit(model, dwa, look, epochs=1)
-    (window,) = dwa.windows
-    assert window.batches == 3
-    expected = easy_losses(model)[first : first + 3].mean()
-    np.testing.assert_allclose(window.losses["easy"], expected, rtol=1e-5)
-
-
-def test_reset_within_an_epoch_leaves_the_batches_after_it(way):
-    model, dwa = start(way, 3, keras.optimizers.SGD(0.0))
-    reset = Lambda(on_train_batch_begin=lambda batch, logs: batch == 2 and dwa.reset())
-    history = fit(model, dwa, reset, epochs=1)
-    (window,) = dwa.windows
-    np.testing.assert_allclose(window.losses["easy"], easy_losses(model)[2:].mean(), rtol=1e-5)
-    check_base_loss(history)
-
-
-def test_file_that_is_read_within_an_epoch_begins_its_window(way, tmp_path):
-    model, dwa = start(way, 3, keras.optimizers.SGD(0.0))
+@deep_elsewhere
+@pytest.mark.parametrize(
+    ("what", "first"),
+    [
+        ("file", 2),
+        ("reset", 2),
+        pytest.param("reset", 0, marks=one_backend),
+        pytest.param("reset_metrics", 0, marks=one_backend),
+    ],
+)
+def test_reset_or_file_within_an_epoch_begins_a_window(way, tmp_path, what, first):
+    model, dwa = start(way, 3, 0.0)
     dwa.set_model(model)
     model.save_weights(file := tmp_path / "file.weights.h5")
-    load = Lambda(on_train_batch_begin=lambda batch, logs: batch == 2 and model.load_weights(file))
-    fit(model, dwa, load, epochs=1)
+    calls = {"reset": dwa.reset, "reset_metrics": model.reset_metrics}
+    call = calls.get(what, partial(model.load_weights, file))
+    hook = "on_train_batch_begin" if first else "on_epoch_begin"
+    look = Lambda(**{hook: lambda number, logs: number == first and call()})
+    model.evaluate(X, Y, verbose=0, callbacks=[dwa])
+    history = fit(model, dwa, look, epochs=1)
     (window,) = dwa.windows
     assert window.batches == 3
-    np.testing.assert_allclose(window.losses["easy"], easy_losses(model)[2:].mean(), rtol=1e-5)
+    expected = easy_losses(model)[first:][:3].mean()
+    np.testing.assert_allclose(window.losses["easy"], expected, rtol=1e-5)
+    check_base_loss(history, BASE)
 
 
 @one_backend
@@ -408,13 +387,8 @@ def test_nothing_waits_for_the_device_between_the_ends_of_windows(way):
                 counted.append(not self._jax_state_synced)
                 super().jax_state_sync()
 
-        if way == "compute_loss":
-            model = Counts(weighting)
-            model.compile("sgd")
-        else:
-            model = Counts(*heads())
-            model.compile("sgd", LOSSES, loss_weights=weighting.loss_weights)
-        fit(model, weighting, epochs=3, batch_size=1)
+        model = Counts(*([weighting] if way == "compute_loss" else heads()))
+        fit(compiled(model, weighting), weighting, epochs=3, batch_size=1)
         return sum(counted)
 
     # 120 batches, of which windows of 30 close three times within epochs.
