@@ -2,27 +2,33 @@
 
 import math
 import pickle
+from functools import partial
 
 import keras
 import numpy as np
 import pytest
 from common import (
-    LOSSES,
     MODES,
+    NAMES,
     ComputeLoss,
+    Lambda,
     TwoHeads,
     X,
     Y,
+    check_base_loss,
     check_run,
+    compiled,
     deep_elsewhere,
     dict_model,
+    fit,
     one_backend,
     train,
 )
+from test_own_steps import NAMES as VAE_NAMES
+from test_own_steps import VAE
 
-from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, LossWeightScheduler
+from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler
 
-NAMES = ["easy", "hard"]
 # Makes the scales of the two losses differ.
 FAR = {"easy": 10 * Y["easy"], "hard": Y["hard"]}
 
@@ -39,12 +45,6 @@ class Noise(keras.layers.Layer):
         return inputs + 0.01 * keras.random.normal(keras.ops.shape(inputs), seed=self.seed)
 
 
-def compiled(model, weighting, **arguments):
-    weights = weighting.loss_weights
-    model.compile(keras.optimizers.SGD(0.001), LOSSES, loss_weights=weights, **arguments)
-    return model
-
-
 def shares(logs, weighting):
     """The share of each loss in the total, from the logs of an evaluation or epoch."""
     parts = {n: weighting.base_weights[n] * logs[f"{n}_loss"] for n in weighting.outputs}
@@ -53,14 +53,13 @@ def shares(logs, weighting):
 
 def test_each_loss_starts_with_its_share_and_the_weights_reach_the_step(mode):
     dwa = DynamicWeightAverage({"easy": 3.0, "hard": 1.0}, temperature=0.2)
-    model = compiled(dict_model(), dwa, **mode)
+    model = compiled(dict_model(), dwa, 0.001, **mode)
     dwa.adapt(model, X, FAR, batch_size=8)
     assert sum(dwa.base_weights.values()) == pytest.approx(4)
     assert dwa.base_weights["easy"] < 1
     logs = model.evaluate(X, FAR, batch_size=8, verbose=0, return_dict=True)
     assert shares(logs, dwa) == pytest.approx({"easy": 0.75, "hard": 0.25}, rel=1e-5)
-    fit = {"batch_size": 8, "epochs": 4, "verbose": 0, "validation_data": (X, FAR)}
-    check_run(model.fit(X, FAR, callbacks=[dwa], **fit).history, dwa)
+    check_run(fit(model, dwa, y=FAR, epochs=4, validation_data=(X, FAR)), dwa)
 
 
 def noisy_model():
@@ -76,7 +75,7 @@ def test_nothing_else_moves(eager):
     def trained(adapts):
         keras.utils.set_random_seed(0)
         dwa = DynamicWeightAverage(NAMES)
-        model = compiled(noisy_model(), dwa, run_eagerly=eager, metrics={"easy": ["mae"]})
+        model = compiled(noisy_model(), dwa, 0.001, run_eagerly=eager, metrics={"easy": ["mae"]})
         model.train_on_batch(X[:8], {name: target[:8] for name, target in Y.items()})
         before = {metric.name: np.array(metric.variables) for metric in model.metrics}
         if adapts:
@@ -85,8 +84,7 @@ def test_nothing_else_moves(eager):
         for name, values in before.items():
             np.testing.assert_array_equal(metrics[name].variables, values)
         dwa.adapt({"easy": 1.0, "hard": 1.0})
-        history = model.fit(X, Y, epochs=2, batch_size=8, verbose=0, callbacks=[dwa]).history
-        return history, model.get_weights()
+        return fit(model, dwa, epochs=2), model.get_weights()
 
     (history, parameters), (expected_history, expected) = trained(True), trained(False)
     assert history == expected_history
@@ -97,7 +95,7 @@ def test_nothing_else_moves(eager):
 def test_evaluation_that_fails_changes_nothing():
     dwa = DynamicWeightAverage(NAMES)
     model = compiled(noisy_model(), dwa)
-    model.fit(X, Y, epochs=1, batch_size=8, verbose=0, callbacks=[dwa])
+    fit(model, dwa, epochs=1)
     before = [keras.ops.convert_to_numpy(variable).copy() for variable in model.variables]
 
     def interrupt(batch, logs):
@@ -107,14 +105,14 @@ def test_evaluation_that_fails_changes_nothing():
     calls = [(None, []), ({"easy": Y["easy"]}, [])]
     # After an interruption, Keras 3.10 makes a thread wait for itself.
     if not keras.__version__.startswith("3.10."):
-        calls.append((Y, [keras.callbacks.LambdaCallback(on_test_batch_begin=interrupt)]))
+        calls.append((Y, [Lambda(on_test_batch_begin=interrupt)]))
     for y, callbacks in calls:
         with pytest.raises((ValueError, KeyError, KeyboardInterrupt)):
             dwa.adapt(model, X, y, batch_size=8, callbacks=callbacks)
         for variable, value in zip(model.variables, before, strict=True):
             np.testing.assert_array_equal(keras.ops.convert_to_numpy(variable), value)
     assert dwa.base_weights == {"easy": 1.0, "hard": 1.0}
-    check_run(model.fit(X, Y, batch_size=8, verbose=0, callbacks=[dwa]).history, dwa)
+    check_run(fit(model, dwa, epochs=1), dwa)
 
 
 @one_backend
@@ -129,23 +127,19 @@ def test_weights_given_as_constants_to_the_loss_are_noticed_after_adapting():
     model = compiled(Constants(), dwa)
     dwa.adapt(model, X, FAR)
     with pytest.raises(ValueError, match=r"With the weights .* the sum under the base weights"):
-        model.fit(X, FAR, verbose=0, callbacks=[dwa])
+        fit(model, dwa, y=FAR)
 
 
 @one_backend
 def test_adapting_within_an_epoch_loses_no_batch_of_a_window():
     dwa = DynamicWeightAverage(NAMES, update_freq=2)
-    model = compiled(dict_model(), dwa)
-    adapt = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda batch, logs: batch == 3 and dwa.adapt(model, X, FAR)
-    )
-    fit = {"batch_size": 8, "verbose": 0, "shuffle": False}
-    history = model.fit(X, FAR, callbacks=[dwa, adapt], **fit).history
+    model = compiled(dict_model(), dwa, 0.001)
+    adapt = Lambda(on_train_batch_begin=lambda batch, logs: batch == 3 and dwa.adapt(model, X, FAR))
+    history = fit(model, dwa, adapt, y=FAR, epochs=1)
     assert [window.batches for window in dwa.windows] == [2, 2]
     total = sum(history[f"{name}_weight"][0] * history[f"{name}_loss"][0] for name in NAMES)
     assert total != pytest.approx(history["loss"][0])  # The weights moved within the epoch.
-    base = sum(dwa.base_weights[name] * history[f"{name}_loss"][0] for name in NAMES)
-    assert history["base_loss"][0] == pytest.approx(base, rel=1e-5)
+    check_base_loss(history, dwa.base_weights)
 
 
 @one_backend
@@ -172,14 +166,8 @@ def test_the_scale_comes_with_files_and_pickles_under_other_given_base_weights_t
     path = tmp_path / "file.weights.h5"
     model.save_weights(path)
     # The same outputs in another order.
-    for given, expected in (
-        ({"hard": 1.0, "easy": 1.0}, (1.5, 0.5)),
-        (
-            {"hard": 1.0, "easy": 3.0},
-            (2.0, 2.0),
-        ),
-    ):
-        other = DynamicWeightAverage(given)
+    for easy, expected in ((1.0, (1.5, 0.5)), (3.0, (2.0, 2.0))):
+        other = DynamicWeightAverage({"hard": 1.0, "easy": easy})
         resumed = compiled(dict_model(), other)
         other.set_model(resumed)
         resumed.load_weights(path)
@@ -187,63 +175,21 @@ def test_the_scale_comes_with_files_and_pickles_under_other_given_base_weights_t
     assert pickle.loads(pickle.dumps(dwa)).base_weights == dwa.base_weights
 
 
-def of_compile(dwa, **arguments):
-    return compiled(dict_model(), dwa, **arguments)
-
-
-def of_compute_loss(dwa, **arguments):
-    model = ComputeLoss(dwa)
-    model.compile(keras.optimizers.SGD(0.001), **arguments)
-    return model
-
-
-class OwnTracker(keras.Model):
-    """A model that averages its terms itself, and calls a compound loss in `compute_loss`."""
-
-    def __init__(self, dwa):
-        super().__init__()
-        self.compound = CompoundLoss(NAMES, dwa)
-        self.layer = keras.layers.Dense(3)
-        self.tracker = keras.metrics.Mean(name="easy_loss")
-
-    def call(self, inputs):
-        return self.layer(inputs)
-
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        easy = keras.ops.mean((y["easy"] - y_pred[:, :1]) ** 2)
-        hard = keras.ops.mean(keras.ops.abs(y["hard"] - y_pred[:, 1:]))
-        self.tracker.update_state(easy)
-        return self.compound.combine({"easy": easy, "hard": hard})
-
-
-def of_own_trackers(dwa, **arguments):
-    model = OwnTracker(dwa)
-    model.compile(keras.optimizers.SGD(0.001), **arguments)
-    return model
-
-
-@pytest.mark.parametrize("build", [of_compile, of_compute_loss, of_own_trackers])
-def test_every_way_to_combine_the_losses_adapts_to_those_of_an_evaluation(build):
-    dwa = DynamicWeightAverage({"easy": 1.0, "hard": 3.0})
-    model = build(dwa)
+@pytest.mark.parametrize(
+    ("make_model", "names", "data"),
+    [(ComputeLoss, NAMES, (X, FAR)), (partial(VAE, tracked=["kl"]), VAE_NAMES, (X, None))],
+)
+def test_compound_loss_and_own_trackers_adapt_to_losses_of_an_evaluation(make_model, names, data):
+    dwa = DynamicWeightAverage({names[0]: 1.0, names[1]: 3.0})
+    model = make_model(dwa)
+    model.compile(keras.optimizers.SGD(0.001))
     for _ in range(2):  # Before and after a `fit`.
-        dwa.adapt(model, X, FAR, batch_size=8)
-        logs = model.evaluate(X, FAR, batch_size=8, verbose=0, return_dict=True)
-        assert shares(logs, dwa) == pytest.approx({"easy": 0.25, "hard": 0.75}, rel=1e-5)
-        history = model.fit(X, FAR, batch_size=8, verbose=0, callbacks=[dwa]).history
-        weighted = sum(history[f"{n}_weight"][0] * history[f"{n}_loss"][0] for n in NAMES)
-        assert history["loss"][0] == pytest.approx(weighted, rel=1e-5)
-        assert history["base_loss"][0] == pytest.approx(weighted, rel=1e-5)
-        assert history["easy_weight"][0] == pytest.approx(dwa.base_weights["easy"], rel=1e-6)
-
-
-class Batches(keras.utils.PyDataset):
-    def __len__(self):
-        return 5
-
-    def __getitem__(self, index):
-        rows = slice(8 * index, 8 * index + 8)
-        return X[rows], {name: target[rows] for name, target in FAR.items()}
+        dwa.adapt(model, *data, batch_size=8)
+        logs = model.evaluate(*data, batch_size=8, verbose=0, return_dict=True)
+        assert list(shares(logs, dwa).values()) == pytest.approx([0.25, 0.75], rel=1e-5)
+        history = fit(model, dwa, y=data[1], batch_size=8, epochs=1)
+        check_base_loss(history, dwa.base_weights)
+        assert history["loss"] == pytest.approx(history["base_loss"], rel=1e-5)
 
 
 @deep_elsewhere
@@ -252,33 +198,13 @@ def test_takes_data_as_evaluate_does():
     model = compiled(dict_model(), dwa)
     dwa.adapt(model, X, FAR, batch_size=8)
     expected = dwa.base_weights
-    batches = Batches()
-    dwa.adapt(model, batches)
-    assert dwa.base_weights == pytest.approx(expected, rel=1e-5)
-    dwa.adapt(model, (batches[index] for index in range(5)), steps=5)
+    batches = (slice(start, start + 8) for start in range(0, 40, 8))
+    dwa.adapt(model, ((X[b], {name: FAR[name][b] for name in NAMES}) for b in batches), steps=5)
     assert dwa.base_weights == pytest.approx(expected, rel=1e-5)
     halves = {"easy": np.full(40, 0.5), "hard": np.ones(40)}
     dwa.adapt(model, X, FAR, batch_size=8, sample_weight=halves)
     ratio = dwa.base_weights["easy"] / dwa.base_weights["hard"]
     assert ratio == pytest.approx(2 * expected["easy"] / expected["hard"], rel=1e-5)
-
-
-@one_backend
-def test_nested_outputs_and_fixed_numbers():
-    inputs = keras.Input((4,))
-    easy, hard, mask = (keras.layers.Dense(width)(inputs) for width in (1, 2, 1))
-    model = keras.Model(inputs, {"easy": easy, "heads": {"hard": hard, "mask": mask}})
-    dwa = DynamicWeightAverage(["easy", "heads/hard"])
-    live = dwa.loss_weights
-    model.compile(
-        "sgd",
-        loss={"easy": "mse", "heads": {"hard": "mae", "mask": "mse"}},
-        loss_weights={"easy": live["easy"], "heads": {"hard": live["heads/hard"], "mask": 0.5}},
-    )
-    y = {"easy": FAR["easy"], "heads": {"hard": FAR["hard"], "mask": Y["easy"]}}
-    dwa.adapt(model, X, y, batch_size=8)
-    logs = model.evaluate(X, y, batch_size=8, verbose=0, return_dict=True)
-    assert shares(logs, dwa) == pytest.approx({"easy": 0.5, "heads/hard": 0.5}, rel=1e-5)
 
 
 @one_backend
@@ -288,9 +214,7 @@ def test_schedules_and_factors_multiply_the_scaled_base_weights():
     history = train(dict_model(), weighting, epochs=2)
     assert history["easy_weight"] == pytest.approx([0.25, 0.5])
     assert history["hard_weight"] == pytest.approx([1.5, 1.5])
-    parts = {n: np.array(history[f"{n}_loss"]) for n in NAMES}
-    expected = 0.5 * parts["easy"] + 1.5 * parts["hard"]
-    np.testing.assert_allclose(history["base_loss"], expected, rtol=1e-5)
+    check_base_loss(history, {"easy": 0.5, "hard": 1.5})
 
 
 @one_backend
@@ -331,10 +255,9 @@ def test_bad_arguments_are_named(arguments, message):
 
 @one_backend
 def test_a_model_without_the_weights_is_refused_as_in_fit():
-    model = dict_model()
-    model.compile("sgd", LOSSES)
+    model = compiled(dict_model(), weighting := LossWeighting(NAMES), loss_weights=None)
     with pytest.raises(ValueError, match="was not compiled with this callback's loss weights"):
-        LossWeighting(NAMES).adapt(model, X, Y)
+        weighting.adapt(model, X, Y)
 
 
 @one_backend
