@@ -6,24 +6,32 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, ComputeLoss, X, Y, dict_model, floatx, one_backend, train
+from common import (
+    BACKEND,
+    LOSSES,
+    NAMES,
+    ComputeLoss,
+    Lambda,
+    X,
+    Y,
+    check_base_loss,
+    compiled,
+    dict_model,
+    fit,
+    floatx,
+    one_backend,
+    train,
+)
 from loops import value_and_gradient
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, dwa_weights
 
-NAMES = list(LOSSES)
 BASE = {"easy": 3.0, "hard": 0.5}
-Lambda = keras.callbacks.LambdaCallback
 
 
 @pytest.fixture
 def weighting():
     return LossWeighting(BASE)
-
-
-def check_base_loss(history, prefix=""):
-    expected = sum(BASE[name] * np.array(history[f"{prefix}{name}_loss"]) for name in NAMES)
-    np.testing.assert_allclose(history[f"{prefix}base_loss"], expected, rtol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +67,17 @@ def test_factors_assigned_in_other_callbacks_reach_the_next_step(
         on_epoch_end=lambda epoch, logs: epoch == 0 and weighting.assign({"easy": 2.0}),
         on_epoch_begin=lambda epoch, logs: epoch == 2 and weighting.assign({"hard": 2.0}),
     )
-    fit = {"others": [assign], "validation_data": (X, Y), "shuffle": False}
-    history = train(model, weighting, loss=loss, mode=mode, **fit)
+    compiled(model, weighting, **mode)
+    history = fit(model, weighting, assign, validation_data=(X, Y))
 
     for ours, static in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_allclose(ours, static, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(history["easy_weight"], [3, 6, 6], rtol=1e-6)
     np.testing.assert_allclose(history["hard_weight"], [2 / 5 * 0.5, 0, 1], rtol=1e-6)
-    check_base_loss(history)
+    check_base_loss(history, BASE)
     # Each validation had the weights of the epoch's last batch.
     easy, hard = (np.array(history[f"val_{name}_loss"]) for name in NAMES)
     np.testing.assert_allclose(history["val_loss"], easy * [3, 6, 6] + hard * [0, 0, 1], rtol=1e-5)
-    check_base_loss(history, "val_")
 
 
 @one_backend
@@ -79,11 +86,9 @@ def test_callback_that_assigns_may_come_before_where_callbacks_wait_for_each_bat
         on_train_batch_begin=lambda batch, logs: batch == 2 and weighting.assign({"hard": 0.0}),
         on_train_batch_end=lambda batch, logs: None,
     )
-    model = dict_model()
-    model.compile("sgd", LOSSES, loss_weights=weighting.loss_weights)
-    history = model.fit(X, Y, batch_size=8, verbose=0, callbacks=[assign, weighting]).history
+    history = fit(compiled(dict_model(), weighting), assign, weighting, epochs=1)
     np.testing.assert_allclose(history["hard_weight"], [2 / 5 * 0.5], rtol=1e-6)
-    check_base_loss(history)
+    check_base_loss(history, BASE)
 
 
 @one_backend
@@ -201,13 +206,14 @@ def test_entries_are_read_only(weighting):
     assert float(weight) == 3.0
 
 
+@one_backend
 def test_values_assigned_to_the_variable_are_replaced(weighting):
     model = dict_model()
     train(model, weighting, epochs=1)
     tree = model.get_state_tree("numpy_array")
     weighting.assign({"easy": 2.0})
     model.set_state_tree(tree)
-    history = model.fit(X, Y, batch_size=8, verbose=0, callbacks=[weighting]).history
+    history = fit(model, weighting, epochs=1)
     total = 6 * history["easy_loss"][0] + 0.5 * history["hard_loss"][0]
     np.testing.assert_allclose(history["loss"], total, rtol=1e-5)
     # As in a loop under `jax.jit` that reads the variables too early.
@@ -234,15 +240,14 @@ def test_weights_loaded_within_an_epoch_count_from_their_batch(weighting, tmp_pa
     load = Lambda(
         on_train_batch_begin=lambda batch, logs: batch == 3 and load.model.load_weights(file)
     )
-    history = model.fit(X, Y, batch_size=8, verbose=0, callbacks=[weighting, load]).history
+    history = fit(model, weighting, load, epochs=1)
     np.testing.assert_allclose(history["easy_weight"], [(3 * 3.0 + 2 * 6.0) / 5], rtol=1e-6)
 
 
 @one_backend
 def test_model_has_one_more_array_than_with_static_weights(weighting):
-    static, moving = dict_model(), dict_model()
-    static.compile("sgd", LOSSES, loss_weights=BASE)
-    moving.compile("sgd", LOSSES, loss_weights=weighting.loss_weights)
+    moving = compiled(dict_model(), weighting)
+    static = compiled(dict_model(), weighting, loss_weights=BASE)
     weighting.set_model(moving)
     arrays = [len(model.metrics_variables) + len(model.variables) for model in (static, moving)]
     assert arrays[1] == arrays[0] + 1

@@ -9,15 +9,27 @@ import cloudpickle
 import keras
 import numpy as np
 import pytest
-from common import BACKEND, LOSSES, ComputeLoss, X, Y, dict_model, one_backend, train
+from common import (
+    BACKEND,
+    LOSSES,
+    NAMES,
+    ComputeLoss,
+    Lambda,
+    X,
+    Y,
+    check_base_loss,
+    compiled,
+    dict_model,
+    fit,
+    one_backend,
+    train,
+)
 from loops import train_loop
 from run_to_kill import Stop
 
 from keras_dwa import CompoundLoss, LossWeightScheduler
 
-NAMES = list(LOSSES)
 BASE = {"easy": 1.0, "hard": 4.0}
-Lambda = keras.callbacks.LambdaCallback
 
 
 def ramp(epoch, factors):
@@ -28,26 +40,20 @@ def grow(epoch, factors):
     return {"hard": 2.0 * factors["hard"]}
 
 
-@pytest.mark.parametrize("loss", [LOSSES, None], ids=["compile", "compute_loss"])
-def test_each_epoch_has_its_factors_and_a_head_that_is_off_does_not_move(loss):
+# `test_windows.py` has this for windows, and for a compound loss.
+def test_each_epoch_has_its_factors_and_a_head_that_is_off_does_not_move():
     factors = [0.0, 1.0, 0.5, 0.0]
     scheduler = LossWeightScheduler(BASE, lambda epoch, _: {"hard": factors[epoch]})
-    model = dict_model() if loss else ComputeLoss(scheduler)
-    model(X)
-    head = model.get_layer("hard") if loss else model.hard
+    model = dict_model()
+    head = model.get_layer("hard")
     kernels = [head.get_weights()[0]]
     look = Lambda(on_epoch_end=lambda epoch, logs: kernels.append(head.get_weights()[0]))
-    fit = {"epochs": 4, "others": [look], "validation_split": 0.2}
-    history = train(model, scheduler, loss=loss, **fit)
+    history = train(model, scheduler, epochs=4, others=[look], validation_split=0.2)
     moved = [(old != new).any() for old, new in itertools.pairwise(kernels)]
     assert moved == [False, True, True, False]
     assert history["hard_weight"] == [0.0, 4.0, 2.0, 0.0]
     assert history["easy_weight"] == [1.0] * 4
-    for prefix in ("", "val_"):
-        easy, hard = (np.array(history[f"{prefix}{name}_loss"]) for name in NAMES)
-        total = easy + np.array(history["hard_weight"]) * hard
-        np.testing.assert_allclose(history[f"{prefix}loss"], total, rtol=1e-5)
-        np.testing.assert_allclose(history[f"{prefix}base_loss"], easy + 4 * hard, rtol=1e-5)
+    check_base_loss(history, BASE)
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="Keras traces nothing on torch")
@@ -61,7 +67,7 @@ def test_factors_of_a_compound_loss_move_without_a_trace():
 
     scheduler = LossWeightScheduler(NAMES, ramp)
     look = Lambda(on_epoch_end=lambda epoch, logs: by_epoch.append(len(calls)))
-    train(Traced(scheduler), scheduler, loss=None, epochs=4, others=[look])
+    fit(compiled(Traced(scheduler), scheduler), scheduler, look, epochs=4)
     # On JAX, Keras 3.10 compiles the step twice.
     assert by_epoch[1] == by_epoch[3] < 5
 
@@ -92,7 +98,8 @@ def test_schedule_gets_the_factors_of_the_epoch_before_may_change_them_and_hold_
         return None if epoch == 2 else factors
 
     scheduler = LossWeightScheduler(NAMES, change)
-    assert train(dict_model(), scheduler, epochs=4)["hard_weight"] == [2.0, 4.0, 4.0, 8.0]
+    assert scheduler.factors["hard"] == 2.0
+    assert [scheduler.step()["hard"] for _ in range(3)] == [4.0, 4.0, 8.0]
 
 
 @one_backend
@@ -108,8 +115,8 @@ def test_schedule_gets_the_factors_of_the_epoch_before_may_change_them_and_hold_
     ids=["one_argument", "any_arguments", "partial", "default_of_its_own", "no_signature"],
 )
 def test_schedule_takes_the_epoch_alone_or_the_factors_too(schedule):
-    history = train(dict_model(), LossWeightScheduler(NAMES, schedule))
-    assert history["hard_weight"] == [0.0, 0.25, 0.5]
+    scheduler = LossWeightScheduler(NAMES, schedule)
+    assert [scheduler.step()["hard"] for _ in range(2)] == [0.25, 0.5]
 
 
 @one_backend
@@ -171,7 +178,7 @@ def test_verbose_prints_the_weights_at_the_start_of_each_epoch(capsys):
         "\nEpoch 2: LossWeightScheduler setting loss weights to easy: 1.0000, hard: 0.2500.\n"
     )
     scheduler.verbose = 0
-    model.fit(X, Y, batch_size=8, verbose=0, callbacks=[scheduler])
+    fit(model, scheduler)
     assert capsys.readouterr().out == ""
 
 
