@@ -10,21 +10,24 @@ import pytest
 from common import (
     BACKEND,
     LOSSES,
+    NAMES,
     ComputeLoss,
+    Lambda,
     TwoHeads,
     X,
     Y,
     check_run,
+    deep_elsewhere,
     dict_model,
     heads,
     joined,
     one_backend,
     train,
 )
+from common import fit as fit_model
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
 
-Lambda = keras.callbacks.LambdaCallback
 BATCHES = 5
 reached = []
 count = Lambda(
@@ -34,7 +37,7 @@ count = Lambda(
 
 
 def new(*names):
-    return DynamicWeightAverage(names or ["easy", "hard"], temperature=0.2)
+    return DynamicWeightAverage(names or NAMES, temperature=0.2)
 
 
 def compiled(model, loss_weights, loss=LOSSES, **arguments):
@@ -42,17 +45,16 @@ def compiled(model, loss_weights, loss=LOSSES, **arguments):
     return model
 
 
-def fit(model, *callbacks, y=Y, **arguments):
+def fit(model, *callbacks, **arguments):
     # Losses and weights are checked after the second batch.
-    arguments = {"batch_size": len(X) // BATCHES, "epochs": 5, "verbose": 0, **arguments}
-    return model.fit(X, y, callbacks=[*callbacks, count], **arguments).history
+    return fit_model(model, *callbacks, count, **{"epochs": 5, **arguments})
 
 
 def wired(
     base=keras.Model,
     own=None,
     arrange=dict,
-    names=("easy", "hard"),
+    names=NAMES,
     loss=LOSSES,
     weights=lambda ours: ours,
     callbacks=lambda dwa: [dwa],
@@ -280,7 +282,7 @@ MISWIRINGS = {
     ONE_EPOCH: [
         row("uncalled_compound_loss", "never called", "in `compute_loss`", COMPOUND,
             own={"compute_loss": unweighted}, on=ALL, **BY_CALL),
-        row("ignored_base_weights", "under no weights", names={"easy": 2.0, "hard": 1.0}, on=ALL,
+        row("ignored_base_weights", "under no weights", names={"easy": 2.0, "hard": 1.0},
             **IGNORES),
         row("ignored_weights_beside_a_number", "base weights", names=["easy"], callbacks=half,
             weights=lambda ours: {**ours, "hard": 1.0}, **IGNORES),
@@ -289,7 +291,7 @@ MISWIRINGS = {
     ],
     THREE_EPOCHS: [
         row("ignored_weights", "base weights", "super().comp", on=ALL, **IGNORES),
-        row("ignored_compound_loss", "base weights", "Compound", on=ALL, **BY_CALL, **IGNORES),
+        row("ignored_compound_loss", "base weights", "Compound", **BY_CALL, **IGNORES),
     ],
 }  # fmt: skip
 
@@ -407,6 +409,7 @@ def test_logs_without_the_losses_of_validation_cost_its_base_loss_alone():
     assert "val_base_loss" not in history
 
 
+@deep_elsewhere
 def test_fit_within_another_one_moves_its_own_weights():
     dwa, inner_dwa, inner_histories = new(), new(), []
     model, inner = (compiled(dict_model(), each.loss_weights) for each in (dwa, inner_dwa))
@@ -419,6 +422,7 @@ def test_fit_within_another_one_moves_its_own_weights():
     check_run(joined(*inner_histories), inner_dwa)
 
 
+@deep_elsewhere
 def test_fits_in_threads_each_move_their_own_weights():
     def work(_):
         dwa = new()
