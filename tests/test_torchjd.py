@@ -1,9 +1,8 @@
 """Side by side with TorchJD's DWA, the reference for the numbers."""
 
-import keras
 import numpy as np
 import pytest
-from common import BACKEND, SAMPLES, X, Y, dict_model, train
+from common import BACKEND
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
 
@@ -31,25 +30,3 @@ def test_combine_and_step_are_as_torchjd_for_losses_of_any_sign(count):
             np.testing.assert_allclose(ours, expected, rtol=1e-5)
         dwa.step()
         reference.step()
-
-
-def test_training_ends_at_the_parameters_of_a_loop_with_torchjd():
-    model, dwa = dict_model(), DynamicWeightAverage(["easy", "hard"], temperature=0.2)
-    clone = keras.models.clone_model(model)
-    clone.set_weights(model.get_weights())
-    mse = {"easy": "mse", "hard": "mse"}
-    train(model, dwa, loss=mse, batch_size=SAMPLES, epochs=6)
-
-    reference, optimizer = DWA(temperature=0.2), torch.optim.SGD(clone.parameters(), lr=0.05)
-    targets = {name: keras.ops.convert_to_tensor(target) for name, target in Y.items()}
-    for _ in range(6):
-        outputs = clone(X)
-        losses = [((outputs[name] - targets[name]) ** 2).mean() for name in Y]
-        optimizer.zero_grad()
-        reference(torch.stack(losses)).backward()
-        optimizer.step()
-        reference.step()
-
-    for ours, theirs in zip(model.get_weights(), clone.get_weights(), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-    assert abs(dwa.step()["easy"] - 1) > 0.01

@@ -1,40 +1,31 @@
 """KerasTuner's search, which copies the callbacks and makes a model for each trial."""
 
-import keras
 import pytest
-from common import LOSSES, X, Y, check_run, dict_model, one_backend
+from common import NAMES, X, Y, check_run, compiled, dict_model, one_backend
 
 from keras_dwa import DynamicWeightAverage
 
-NAMES = ["easy", "hard"]
-
 
 @one_backend
-@pytest.mark.parametrize("given", ["to search", "in the hypermodel"])
-def test_every_trial_starts_afresh_and_moves_the_weights_by_its_temperature(tmp_path, given):
+def test_every_trial_starts_afresh_and_moves_the_weights_by_its_temperature(tmp_path, dwa):
     import keras_tuner
 
-    shared = DynamicWeightAverage(NAMES) if given == "to search" else None
     trials = {}
 
     class Search(keras_tuner.HyperModel):
         def build(self, hp):
-            self.dwa = shared or DynamicWeightAverage(NAMES)
-            self.dwa.temperature = hp.Float("temperature", 0.1, 1.0)
-            model = dict_model()
-            model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=self.dwa.loss_weights)
-            return model
+            dwa.temperature = hp.Float("temperature", 0.1, 1.0)
+            return compiled(dict_model(), dwa)
 
-        def fit(self, hp, model, *args, callbacks, **kwargs):
-            callbacks = callbacks if shared else [self.dwa, *callbacks]
-            history = model.fit(*args, callbacks=callbacks, **kwargs)
+        def fit(self, hp, model, *args, **kwargs):
+            history = model.fit(*args, **kwargs)
             trials[hp.get("temperature")] = history.history
             return history
 
     objective = keras_tuner.Objective("val_base_loss", "min")
     tuner = keras_tuner.RandomSearch(Search(), objective, max_trials=2, seed=0, directory=tmp_path)
     fit = {"batch_size": 8, "validation_data": (X, Y), "verbose": 0}
-    tuner.search(X, Y, epochs=3, callbacks=[shared] if shared else [], **fit)
+    tuner.search(X, Y, epochs=3, callbacks=[dwa], **fit)
     assert len(trials) == 2
     for temperature, history in trials.items():
         check_run(history, DynamicWeightAverage(NAMES, temperature))
