@@ -10,11 +10,6 @@ from common import floatx, one_backend
 from keras_dwa import DynamicWeightAverage
 
 
-@pytest.fixture
-def dwa():
-    return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
-
-
 # `test_formula.py` has more cases.
 @one_backend
 def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):

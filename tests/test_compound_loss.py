@@ -7,12 +7,23 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, ComputeLoss, X, Y, check_run, dict_model, floatx, one_backend
+from common import (
+    LOSSES,
+    NAMES,
+    ComputeLoss,
+    X,
+    Y,
+    check_run,
+    compiled,
+    dict_model,
+    fit,
+    floatx,
+    one_backend,
+)
 from loops import train_loop, value_and_gradient
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, dwa_weights
 
-NAMES = list(LOSSES)
 ONES = {"easy": 1.0, "hard": 1.0}
 
 
@@ -183,26 +194,16 @@ def test_recording_under_jax_grad_without_jit(dwa, compound):
 # `fit`, and custom loops.
 
 
-def compiled(model, **arguments):
-    model.compile(keras.optimizers.SGD(0.05), **arguments)
-    return model
-
-
-def fit(model, *callbacks, **arguments):
-    arguments = {"batch_size": 8, "epochs": 3, "verbose": 0, **arguments}
-    return model.fit(X, Y, callbacks=list(callbacks), **arguments).history
-
-
 def test_model_built_evaluated_and_fitted_without_the_callback_first(dwa):
     model = ComputeLoss(dwa)
     model(X)
-    compiled(model).evaluate(X, Y, batch_size=8, verbose=0)
+    compiled(model, dwa).evaluate(X, Y, batch_size=8, verbose=0)
     fit(model, epochs=1, validation_split=0.2)
     check_run(fit(model, dwa, validation_split=0.2), dwa)
 
 
 def test_train_on_batch_with_a_compound_loss(dwa):
-    model, weights = compiled(ComputeLoss(dwa)), dwa.base_weights
+    model, weights = compiled(ComputeLoss(dwa), dwa), dwa.base_weights
     dwa.set_model(model)
     for _ in range(4):
         model.reset_metrics()  # Keras 3.10 does not do so itself.
@@ -215,10 +216,10 @@ def test_train_on_batch_with_a_compound_loss(dwa):
 
 def test_compile_compute_loss_and_custom_loops_give_the_same_weights(dwa):
     def weights_of_fit(model, dwa):
-        history = fit(model, dwa, epochs=4, batch_size=20, shuffle=False)
+        history = fit(compiled(model, dwa), dwa, epochs=4, batch_size=20)
         return np.array([history["easy_weight"], history["hard_weight"]]).T
 
-    model = compiled(dict_model(), loss=LOSSES, loss_weights=dwa.loss_weights)
+    model = dict_model()
     initial = model.get_weights()
     expected = weights_of_fit(model, dwa)
     assert np.abs(expected[2:] / expected[0] - 1).max() > 1e-3
@@ -227,7 +228,7 @@ def test_compile_compute_loss_and_custom_loops_give_the_same_weights(dwa):
     model = ComputeLoss(dwa)
     model(X)
     model.set_weights(initial)
-    found = [weights_of_fit(compiled(model), dwa)]
+    found = [weights_of_fit(model, dwa)]
     for in_graph in (True, False):
         model, optimizer, dwa = dict_model(), keras.optimizers.SGD(0.05), new_dwa()
         model.set_weights(initial)
@@ -242,7 +243,7 @@ def test_losses_declared_once_serve_compile_and_calls_before(dwa, compound, is_a
     model = dict_model()
     if is_attribute:
         model.compound = compound
-    compiled(model, loss=compound.losses, loss_weights=compound.loss_weights)
+    compiled(model, dwa, loss=compound.losses)
     compound(Y, Y)
     logs = model.evaluate(X, Y, batch_size=len(X), verbose=0, return_dict=True)
     weighted = 3 * logs["easy_loss"] + 0.5 * logs["hard_loss"]

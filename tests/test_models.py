@@ -10,10 +10,13 @@ from common import (
     TwoHeads,
     X,
     Y,
+    check_base_loss,
     check_run,
+    compiled,
     deep_elsewhere,
     dict_model,
     expected_weights,
+    fit,
     floatx,
     heads,
     one_backend,
@@ -21,11 +24,6 @@ from common import (
 )
 
 from keras_dwa import DynamicWeightAverage, LossWeighting
-
-
-@pytest.fixture
-def dwa():
-    return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
 
 
 def model_of(arrange):
@@ -92,15 +90,11 @@ def test_any_model_fed_in_any_way_trains_by_the_weights(dwa, make):
 def test_only_a_model_that_was_locked_is_locked_again(dwa):
     subclassed, functional = built(), dict_model()
     for model in (subclassed, functional):
-        model.compile("sgd", LOSSES, loss_weights=dwa.loss_weights)
-        dwa.set_model(model)
+        dwa.set_model(compiled(model, dwa))
     with pytest.raises(ValueError, match="cannot add new elements of state"):
         subclassed.another = keras.layers.Dense(1)
     functional.another = keras.metrics.Mean()
     assert functional.another in functional.metrics
-
-
-FIT = {"batch_size": 8, "epochs": 3, "shuffle": False, "verbose": 0, "validation_split": 0.2}
 
 
 def test_nested_outputs_go_by_their_path():
@@ -113,9 +107,9 @@ def test_nested_outputs_go_by_their_path():
     body = {"easy": weights["body/easy"], "third": weights["body/third"]}
     losses = {"body": {"easy": "mse", "third": "mae"}, "hard": "mae"}
     weights = {"body": body, "hard": weights["hard"]}
-    model.compile(keras.optimizers.SGD(0.05), losses, loss_weights=weights)
+    compiled(model, dwa, loss=losses, loss_weights=weights)
     targets = {"body": {"easy": Y["easy"], "third": Y["easy"] ** 2}, **Y}
-    check_run(model.fit(X, targets, callbacks=[dwa], **FIT).history, dwa)
+    check_run(fit(model, dwa, y=targets, validation_split=0.2), dwa)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +128,9 @@ def test_outputs_of_a_list_may_have_a_number_or_no_loss_in_dicts_and_lists(dwa, 
     weights = {**dict.fromkeys(losses), **dwa.loss_weights, "mask": number}
     if kind is not dict:
         losses, weights = kind(losses.values()), kind(weights.values())
-    model.compile(keras.optimizers.SGD(0.05), losses, loss_weights=weights)
+    compiled(model, dwa, loss=losses, loss_weights=weights)
     targets = [Y["hard"], Y["easy"] + 1, X, Y["easy"]]
-    history = model.fit(X, targets, callbacks=[dwa], **FIT).history
+    history = fit(model, dwa, y=targets, validation_split=0.2)
 
     moved = np.array([history["easy_weight"], history["hard_weight"]]).T
     np.testing.assert_allclose(moved, expected_weights(history, dwa), rtol=1e-5)
@@ -145,8 +139,7 @@ def test_outputs_of_a_list_may_have_a_number_or_no_loss_in_dicts_and_lists(dwa, 
         easy, hard, mask = (np.array(history[f"{prefix}{n}_loss"]) for n in (*LOSSES, "mask"))
         total = moved[:, 0] * easy + moved[:, 1] * hard + number * mask
         np.testing.assert_allclose(history[f"{prefix}loss"], total, rtol=1e-5)
-        base_loss = easy + hard + number * mask
-        np.testing.assert_allclose(history[f"{prefix}base_loss"], base_loss, rtol=1e-5)
+    check_base_loss(history, {**dwa.base_weights, "mask": number})
 
 
 class Constant(keras.layers.Layer):
@@ -160,14 +153,14 @@ def test_regularizers_and_add_loss_stay_unweighted():
     weighting.assign({"easy": 2.0})
     inputs, outputs = heads(kernel_regularizer=keras.regularizers.L2(0.1), name="trunk")
     model = keras.Model(inputs, {**outputs, "easy": Constant()(outputs["easy"])})
-    still = keras.optimizers.SGD(0.0)
-    history = train(model, weighting, epochs=1, optimizer=still, validation_split=0.2)
+    compiled(model, weighting, 0.0)
+    history = fit(model, weighting, epochs=1, validation_split=0.2)
     added = 0.1 * (model.get_layer("trunk").get_weights()[0] ** 2).sum() + 0.25
     for prefix in ("", "val_"):
         easy, hard = (history[f"{prefix}{name}_loss"][0] for name in LOSSES)
-        loss, base_loss = history[f"{prefix}loss"], history[f"{prefix}base_loss"]
-        np.testing.assert_allclose(loss, 2 * easy + 0.5 * hard + added, rtol=1e-5)
-        np.testing.assert_allclose(base_loss, easy + 0.5 * hard + added, rtol=1e-5)
+        loss = 2 * easy + 0.5 * hard + added
+        np.testing.assert_allclose(history[f"{prefix}loss"], loss, rtol=1e-5)
+    check_base_loss(history, weighting.base_weights, added)
 
 
 @pytest.mark.parametrize(

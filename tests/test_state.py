@@ -9,23 +9,23 @@ import tracemalloc
 import keras
 import numpy as np
 import pytest
-from common import LOSSES, X, Y, check_run, deep_elsewhere, dict_model, joined, one_backend, train
+from common import (
+    NAMES,
+    Lambda,
+    X,
+    Y,
+    check_run,
+    compiled,
+    deep_elsewhere,
+    dict_model,
+    fit,
+    joined,
+    one_backend,
+    train,
+)
 
 import keras_dwa
 from keras_dwa import DynamicWeightAverage, dwa_weights
-
-FIT = {"batch_size": 8, "verbose": 0}
-
-
-@pytest.fixture
-def dwa():
-    return DynamicWeightAverage(["easy", "hard"], temperature=0.2)
-
-
-def compiled_model(dwa):
-    model = dict_model()
-    model.compile(keras.optimizers.SGD(0.05), LOSSES, loss_weights=dwa.loss_weights)
-    return model
 
 
 def test_next_fit_on_the_same_model_continues_the_history_in_any_mode(dwa):
@@ -36,8 +36,7 @@ def test_next_fit_on_the_same_model_continues_the_history_in_any_mode(dwa):
         model.stop_training = batch == 2
 
     # The model is neither compiled again nor trained to the end of its first epoch.
-    callbacks = [dwa, keras.callbacks.LambdaCallback(on_train_batch_end=stop)]
-    second = model.fit(X, Y, epochs=2, callbacks=callbacks, **FIT).history
+    second = fit(model, dwa, Lambda(on_train_batch_end=stop), epochs=2)
     assert len(second["loss"]) == 1
     third = train(model, dwa, mode={"run_eagerly": True}, epochs=1)
     check_run(joined(first, second, third, train(model, dwa, epochs=1)), dwa)
@@ -63,10 +62,10 @@ def test_every_other_model_starts_afresh_and_so_does_a_reset(dwa, tmp_path):
 
 
 def test_evaluate_does_no_harm_and_uses_the_current_weights(dwa):
-    model = compiled_model(dwa)
-    model.evaluate(X, Y, **FIT)
-    check_run(model.fit(X, Y, epochs=3, validation_split=0.2, callbacks=[dwa], **FIT).history, dwa)
-    results = model.evaluate(X, Y, return_dict=True, **FIT)
+    model = compiled(dict_model(), dwa)
+    model.evaluate(X, Y, verbose=0)
+    check_run(fit(model, dwa, validation_split=0.2), dwa)
+    results = model.evaluate(X, Y, verbose=0, return_dict=True)
     weights = dwa.step()
     expected = sum(weights[name] * results[f"{name}_loss"] for name in weights)
     np.testing.assert_allclose(results["loss"], expected, rtol=1e-5)
@@ -77,7 +76,7 @@ def test_evaluate_does_no_harm_and_uses_the_current_weights(dwa):
 def test_callbacks_in_turn_on_one_model_each_start_afresh_and_leave_nothing_behind(dwa):
     model = dict_model()
     own, variables = [variable.path for variable in model.weights], []
-    for callback in (dwa, DynamicWeightAverage(["easy", "hard"], temperature=0.1), dwa):
+    for callback in (dwa, DynamicWeightAverage(NAMES, temperature=0.1), dwa):
         check_run(train(model, callback), callback)
         variables.append([variable.path for variable in model.metrics_variables])
     assert variables[0] == variables[1] == variables[2]
@@ -106,7 +105,7 @@ def test_weights_are_scalars_that_nothing_trains_or_rounds():
 
 @one_backend
 def test_warnings_name_the_line_that_they_are_about(dwa):
-    first, second = compiled_model(dwa), compiled_model(dwa)
+    first, second = (compiled(dict_model(), dwa) for _ in range(2))
     dwa.set_model(first)
     dwa.set_model(second)
     with pytest.warns(UserWarning, match="another model in between") as of_model:
@@ -146,8 +145,7 @@ def test_pickle_and_reset_within_an_epoch_have_its_weights(dwa):
     model, had = dict_model(), []
     train(model, dwa)
     moved = dwa.step()["easy"]
-    within = keras.callbacks.LambdaCallback(on_train_batch_end=pickle_and_reset)
-    model.fit(X, Y, callbacks=[dwa, within], **FIT)
+    fit(model, dwa, Lambda(on_train_batch_end=pickle_and_reset), epochs=1)
     assert had == [(moved, moved)] * 2 + [(1.0, 1.0)] * 3
 
 
@@ -164,6 +162,7 @@ def test_step_moves_the_weights_by_the_averages_given_of_any_kind(dwa):
         np.testing.assert_allclose([weights["easy"], weights["hard"]], expected, rtol=1e-6)
 
 
+@one_backend
 def test_steps_keep_nothing_behind(dwa):
     package = tracemalloc.Filter(True, f"{keras_dwa.__path__[0]}/*")
     sizes = []
