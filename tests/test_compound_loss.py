@@ -18,6 +18,7 @@ from common import (
     dict_model,
     fit,
     floatx,
+    move,
     one_backend,
 )
 from loops import train_loop, value_and_gradient
@@ -39,12 +40,6 @@ def dwa():
 @pytest.fixture
 def compound(dwa):
     return CompoundLoss(LOSSES, dwa)
-
-
-def move(dwa):
-    """Weights that differ from the base weights."""
-    dwa.step({"easy": 2.0, "hard": 4.0})
-    return dwa.step({"easy": 1.0, "hard": 3.0})
 
 
 # The value and its gradient. That of `combine` is in `test_assign.py`.

@@ -97,7 +97,7 @@ def test_outputs_of_other_first_axes_have_averages_of_their_own(eager):
 
 def fit_still(model, *callbacks, validation=X, **arguments):
     """Three epochs with validation, at a learning rate of 0."""
-    model.compile(keras.optimizers.SGD(0.0), **arguments)
+    compiled(model, rate=0.0, **arguments)
     return fit(model, *callbacks, y=None, batch_size=8, validation_data=(validation,))
 
 
@@ -148,18 +148,22 @@ def test_three_uses_in_a_train_step():
     check_still(fit_still(Critic(schedule), schedule))
 
 
+class Sometimes(VAE):
+    """Uses its compound loss in validation, and in steps whose number `uses` accepts."""
+
+    steps = 0
+
+    def total(self, x, y_pred, terms, training):
+        self.steps += training
+        is_used = not training or self.uses(self.steps)
+        return self.compound.combine(terms) if is_used else ops.mean(y_pred["image"])
+
+
 @deep_elsewhere
 def test_step_in_which_nothing_is_used_is_no_batch():
-    class EverySecond(VAE):
-        steps = 0
-
-        def total(self, x, y_pred, terms, training):
-            self.steps += training
-            is_used = self.steps % 2 == 0 or not training
-            return self.compound.combine(terms) if is_used else ops.mean(y_pred["image"])
-
     schedule = LossWeightScheduler(NAMES, halve, update_freq=1)
-    model = EverySecond(schedule)
+    model = Sometimes(schedule)
+    model.uses = lambda step: step % 2 == 0
     history = fit_still(model, schedule, run_eagerly=True)
     assert [window.batches for window in schedule.windows] == [1] * 15
     used = [np.isfinite(window.losses["kl"]) for window in schedule.windows]
@@ -180,16 +184,9 @@ def test_validation_of_a_model_whose_metrics_hide_the_record_is_apart_from_train
 
 @one_backend
 def test_epoch_without_a_use_after_the_first_holds_the_weights():
-    class FirstEpochOnly(VAE):
-        steps = 0
-
-        def total(self, x, y_pred, terms, training):
-            self.steps += training
-            return self.compound.combine(terms) if self.steps <= 5 else ops.mean(y_pred["image"])
-
     dwa = DynamicWeightAverage(NAMES)
-    model = FirstEpochOnly(dwa)
-    model.compile("sgd", run_eagerly=True)
+    model = compiled(Sometimes(dwa), run_eagerly=True)
+    model.uses = lambda step: step <= 5
     with pytest.warns(UserWarning, match="epoch 2 did not use its compound loss"):
         history = fit(model, dwa, y=None, batch_size=8, epochs=2)
     assert len(history["kl_weight"]) == 1

@@ -14,6 +14,7 @@ from common import (
     dict_model,
     fit,
     joined,
+    move,
     one_backend,
 )
 from run_to_kill import Stop
@@ -81,8 +82,7 @@ def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_of_before_or_after(dwa):
 
     def third_epoch(interrupted_line=None):
         dwa.reset()
-        dwa.step({"easy": 2.0, "hard": 4.0})
-        dwa.step({"easy": 1.0, "hard": 3.0})
+        move(dwa)
         compound.combine({"easy": 0.5, "hard": 2.9})
         before = state()
         return lines_run(dwa.step, interrupted_line), before, state()
@@ -101,8 +101,7 @@ def test_ctrl_c_at_any_line_of_the_start_leaves_nothing_of_the_former_model(dwa)
 
     def start(line=None):
         dwa.set_model(former)
-        dwa.step({"easy": 2.0, "hard": 4.0})
-        assert dwa.step({"easy": 1.0, "hard": 3.0}) != base
+        assert move(dwa) != base
         return lines_run(lambda: dwa.set_model(model), line)
 
     for line in range(1, start() + 1):

@@ -13,6 +13,7 @@ from common import (
     compiled,
     dict_model,
     fit,
+    move,
     one_backend,
     train,
 )
@@ -28,12 +29,6 @@ def new_dwa(outputs=None):
 @pytest.fixture
 def dwa():
     return new_dwa()
-
-
-def moved_weights(dwa):
-    """Ends two epochs, so that the weights move."""
-    dwa.step({"easy": 2.0, "hard": 4.0})
-    return dwa.step({"easy": 1.0, "hard": 3.0})
 
 
 def evaluate(model):
@@ -72,7 +67,7 @@ def test_saved_model_evaluates_to_the_same_numbers_and_goes_on(dwa, tmp_path, ma
 def test_sharded_weights_carry_the_state_to_other_base_weights_in_another_order(dwa, tmp_path):
     model, other = compiled(dict_model(), dwa), new_dwa({"hard": 10.0, "easy": 1.0})
     dwa.set_model(model)
-    moved_weights(dwa)
+    move(dwa)
     model.save_weights(tmp_path / "state.weights.json", max_shard_size=2e-7)
     assert len(list(tmp_path.iterdir())) > 2
     model = compiled(dict_model(), other)
@@ -139,7 +134,7 @@ def test_backup_that_comes_before_the_callback_is_warned_of(tmp_path):
 def test_file_that_is_read_forgets_what_was_recorded_since(dwa, tmp_path):
     model = ComputeLoss(dwa)
     model(X)
-    moved = moved_weights(dwa)
+    moved = move(dwa)
     model.save_weights(tmp_path / "state.weights.h5")
     model.compound.combine({"easy": 1.0, "hard": 100.0})
     model.load_weights(tmp_path / "state.weights.h5")
@@ -151,7 +146,7 @@ def test_file_that_is_read_forgets_what_was_recorded_since(dwa, tmp_path):
 def test_file_that_is_read_as_an_epoch_ends_counts_from_the_next_one(dwa, tmp_path, order):
     model, file = compiled(dict_model(), dwa), tmp_path / "moved.weights.h5"
     dwa.set_model(model)
-    moved = moved_weights(dwa)
+    moved = move(dwa)
     model.save_weights(file)
     dwa.reset()
     load = Lambda(on_epoch_end=lambda epoch, logs: epoch == 2 and model.load_weights(file))
