@@ -65,7 +65,7 @@ def test_evaluate_does_no_harm_and_uses_the_current_weights(dwa):
     model = compiled(dict_model(), dwa)
     model.evaluate(X, Y, verbose=0)
     check_run(fit(model, dwa, validation_split=0.2), dwa)
-    results = model.evaluate(X, Y, verbose=0, return_dict=True)
+    results = model.evaluate(X, Y, batch_size=8, verbose=0, return_dict=True)
     weights = dwa.step()
     expected = sum(weights[name] * results[f"{name}_loss"] for name in weights)
     np.testing.assert_allclose(results["loss"], expected, rtol=1e-5)
