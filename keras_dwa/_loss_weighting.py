@@ -434,6 +434,7 @@ class LossWeighting(keras.callbacks.Callback):
 
         - for a penalty, such as a KL divergence: use a number or a schedule;
         - for regressions in raw units: scale the targets instead;
+        - for a loss that is small before training: it would get almost all of the weight;
         - for losses that can be negative or end at 0.
 
         Args:

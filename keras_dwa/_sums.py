@@ -16,7 +16,7 @@ class TrackerSums:
 
     def clear(self) -> None:
         """Assumes that all sums are zero."""
-        self._taken = np.zeros(2 * len(self._names) + 1)
+        self._last_sums = np.zeros(2 * len(self._names) + 1)
 
     def take(self, weights: Vector) -> Vector:
         """The `Segment.sums` of the batches since the last call, which had these weights."""
@@ -26,12 +26,12 @@ class TrackerSums:
         is_weighted = len(keys) == 1 and keys[0] not in trackers
         keys = ["loss"] if is_weighted else keys
         if not trackers.keys() >= {"loss", *keys}:
-            return np.full_like(self._taken, np.nan)
+            return np.full_like(self._last_sums, np.nan)
         variables = [trackers[key].total for key in keys] + [trackers[key].count for key in keys]
         sums = backend.to_host([*variables, trackers["loss"].count])
         with np.errstate(invalid="ignore"):
-            new = sums - self._taken
-        self._taken = sums
+            new = sums - self._last_sums
+        self._last_sums = sums
         if is_weighted:
             new[0] /= weights[0] or np.nan  # At weight 0, the unweighted loss is unknown.
         # A custom step may not update `loss`.
