@@ -17,10 +17,10 @@ SCRIPTS = sorted(
     path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in ("harness", "models", "run")
 )
 # Their code is the same on every backend.
-ALIKE = {"epoch_end", "import_time", "memory", "recompiling", "searching", "windows"}
+HOST_ONLY = {"epoch_end", "import_time", "memory", "recompiling", "searching", "windows"}
 
 
-@pytest.mark.parametrize("script", [s for s in SCRIPTS if BACKEND == "jax" or s not in ALIKE])
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if BACKEND == "jax" or s not in HOST_ONLY])
 def test_script_prints_a_table_of_this_backend(script, capsys, monkeypatch):
     path = str(BENCHMARKS / f"{script}.py")
     if (script, BACKEND) == ("devices", "torch"):  # Starts processes that import it.

@@ -83,7 +83,7 @@ class GivesBoth(GivesWeighting):
     ],
     ids=["own rule", "DWA in both", "schedule", "by hand", "DWA that the model makes"],
 )
-def test_loaded_model_is_as_the_saved_one_and_goes_on_as_that_would(make_model, tmp_path):
+def test_loaded_model_is_as_the_saved_one_and_continues_as_that_would(make_model, tmp_path):
     model = make_model()
     model.compile(keras.optimizers.SGD(0.05, momentum=0.9))
     model.total.weighting.assign({"hard": 0.75})

@@ -76,7 +76,7 @@ def graphs(numbers_of_nodes):
 
 
 @pytest.mark.parametrize("eager", [False, True] if "eager" in MODES else [False])
-def test_outputs_of_other_first_axes_have_averages_of_their_own(eager):
+def test_outputs_of_other_first_axes_have_their_own_averages(eager):
     schedule = LossWeightScheduler(["node", "graph"], halve, update_freq=2)
     model = compiled(
         Graphs(), schedule, 0.0, loss={"graph": "mse", "node": "mse"}, run_eagerly=eager

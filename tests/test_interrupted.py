@@ -26,7 +26,7 @@ from keras_dwa import CompoundLoss
 # `test_windows.py` has this for windows.
 @deep_elsewhere
 @pytest.mark.parametrize("make_model", [lambda dwa: dict_model(), ComputeLoss])
-def test_fit_after_an_interrupted_one_goes_on(dwa, make_model):
+def test_fit_after_an_interrupted_one_continues(dwa, make_model):
     model, first = compiled(make_model(dwa), dwa), keras.callbacks.History()
     with pytest.raises(KeyboardInterrupt):
         fit(model, dwa, first, Stop(2, 1))

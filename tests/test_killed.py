@@ -71,7 +71,7 @@ def test_epoch_that_a_backup_within_it_repeats_has_the_right_weights(tmp_path):
 
 @pytest.mark.deep
 @pytest.mark.skipif(BACKEND != "torch", reason="only the environment for torch has two backends")
-def test_run_goes_on_under_another_backend_and_back(tmp_path, monkeypatch):
+def test_run_continues_under_another_backend_and_back(tmp_path, monkeypatch):
     run_and_kill(tmp_path, 2, 1)
     with monkeypatch.context() as environment:
         environment.setenv("KERAS_BACKEND", "jax")

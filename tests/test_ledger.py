@@ -26,7 +26,7 @@ def segment(weights, end, losses=None, counts=(1.0, 1.0), total=None):
     return Segment(np.array(weights), end, np.array(sums, dtype=float))
 
 
-def test_each_loss_has_a_count_of_its_own():
+def test_each_loss_has_its_own_count():
     ledger = [
         segment([1.0, 1.0], 1, (2.0, 8.0), (2, 6)),
         segment([3.0, 1.0], 2, (4.0, 2.0), (2, 12)),

@@ -35,7 +35,7 @@ def test_loss_is_the_weighted_sum_of_the_logged_losses_whose_weights_move(mode):
 
 
 @one_backend
-def test_saved_model_goes_on_as_the_one_in_memory(tmp_path):
+def test_saved_model_continues_as_the_one_in_memory(tmp_path):
     compound = new_compound()
     model = compiled(one_output(), loss=compound)
     fit(model, compound.weighting)

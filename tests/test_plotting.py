@@ -166,7 +166,7 @@ def test_axis_of_losses_is_logarithmic_if_that_gives_it_two_ticks(losses, scale)
 
 
 @pytest.mark.parametrize(("epochs", "shown"), [((0, 1, 0), (1, 2, 3)), ((4, 5, 7), (5, 6, 8))])
-def test_epochs_of_a_resumed_run_go_on(epochs, shown):
+def test_epochs_of_a_resumed_run_continue(epochs, shown):
     loss, *_ = lines(plot_history(made_up("a", "b", epoch=epochs)))
     np.testing.assert_equal(loss["training"][0], shown)
 

@@ -33,7 +33,7 @@ def batches(rank, ranks):
 def train(rank, ranks, folder=None, nan_at=None, kill_at=None):
     """Trains by gradients over the samples of all ranks; returns the weights and the parameters.
 
-    Goes on from what rank 0 wrote into `folder`. In epoch `nan_at`, a target of the last rank is
+    Continues from what rank 0 wrote into `folder`. In epoch `nan_at`, a target of the last rank is
     NaN, and no rank takes the steps that this spoils. At the epoch and batch `kill_at`, the last
     rank is killed.
     """

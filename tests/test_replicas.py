@@ -90,7 +90,7 @@ def test_average_is_that_of_the_samples_whatever_the_shares():
 def loop(rank, workers, folder=None, nan_at=None, kill_at=None):
     """Trains in a custom loop; returns the weights after each epoch and the parameters.
 
-    Goes on from what this worker wrote into `folder`. In epoch `nan_at`, one sample has a NaN. At
+    Continues from what this worker wrote into `folder`. In epoch `nan_at`, one sample has a NaN. At
     the epoch and batch `kill_at`, the first worker is killed.
     """
     several = tf.distribute.MultiWorkerMirroredStrategy() if workers > 1 else None

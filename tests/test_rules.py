@@ -204,7 +204,7 @@ def test_state_and_factors_are_restored_bit_for_bit(tmp_path, way):
 
 
 @one_backend
-def test_rule_goes_on_with_another_ones_factors_but_not_its_state(dwa, tmp_path):
+def test_rule_continues_with_another_ones_factors_but_not_its_state(dwa, tmp_path):
     model = dict_model()
     train(model, Count(NAMES), epochs=2)
     model.save_weights(tmp_path / "file.weights.h5")

@@ -50,7 +50,7 @@ def check_same_parameters(model, expected):
 
 
 @pytest.mark.parametrize("make_model", [dict_model, pytest.param(TwoHeads, marks=one_backend)])
-def test_saved_model_evaluates_to_the_same_numbers_and_goes_on(dwa, tmp_path, make_model):
+def test_saved_model_evaluates_to_the_same_numbers_and_continues(dwa, tmp_path, make_model):
     resumed = new_dwa()
     model = compiled(make_model(), dwa, optimizer=keras.optimizers.Adam(0.01))
     checkpoint = keras.callbacks.ModelCheckpoint(f"{tmp_path}/{{epoch}}.keras")

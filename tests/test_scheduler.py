@@ -72,7 +72,7 @@ def test_factors_of_a_compound_loss_move_without_a_trace():
     assert by_epoch[1] == by_epoch[3] < 5
 
 
-def test_loop_has_the_factors_of_epoch_0_from_the_start_and_step_goes_on():
+def test_loop_has_the_factors_of_epoch_0_from_the_start_and_step_continues():
     scheduler = LossWeightScheduler(BASE, ramp)
     compound, optimizer = CompoundLoss(LOSSES, scheduler), keras.optimizers.SGD(0.05)
     weights = train_loop(dict_model(), optimizer, compound, scheduler, X, Y, 3, 20)
@@ -81,7 +81,7 @@ def test_loop_has_the_factors_of_epoch_0_from_the_start_and_step_goes_on():
 
 
 @one_backend
-def test_step_goes_on_without_any_losses():
+def test_step_continues_without_any_losses():
     scheduler = LossWeightScheduler(NAMES, ramp)
     assert scheduler.factors == {"easy": 1.0, "hard": 0.0}
     assert scheduler.step() == {"easy": 1.0, "hard": 0.25}
@@ -144,7 +144,7 @@ def test_resumed_run_has_the_factors_of_the_epoch_that_comes_next(tmp_path, save
 
 
 @one_backend
-def test_pickled_scheduler_goes_on():
+def test_pickled_scheduler_continues():
     for module, schedule in ((pickle, grow), (cloudpickle, lambda *arguments: grow(*arguments))):
         scheduler = LossWeightScheduler(NAMES, schedule)
         scheduler.step()
@@ -152,7 +152,7 @@ def test_pickled_scheduler_goes_on():
 
 
 @one_backend
-def test_schedule_that_failed_once_goes_on():
+def test_schedule_that_failed_once_continues():
     scheduler = LossWeightScheduler(NAMES, ramp)
 
     def fail_to_reset():

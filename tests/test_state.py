@@ -43,7 +43,7 @@ def test_next_fit_on_the_same_model_continues_the_history_in_any_mode(dwa):
 
 
 @deep_elsewhere
-def test_every_other_model_starts_afresh_and_so_does_a_reset(dwa, tmp_path):
+def test_every_other_model_starts_again_and_so_does_a_reset(dwa, tmp_path):
     # Moved weights, or a remembered epoch, would show in the first two epochs.
     for easy in (4.0, 1.0):
         dwa.step({"easy": easy, "hard": 1.0})
@@ -73,7 +73,7 @@ def test_evaluate_does_no_harm_and_uses_the_current_weights(dwa):
 
 
 @one_backend
-def test_callbacks_in_turn_on_one_model_each_start_afresh_and_leave_nothing_behind(dwa):
+def test_callbacks_in_turn_on_one_model_each_start_again_and_leave_nothing_behind(dwa):
     model = dict_model()
     own, variables = [variable.path for variable in model.weights], []
     for callback in (dwa, DynamicWeightAverage(NAMES, temperature=0.1), dwa):
@@ -116,7 +116,7 @@ def test_warnings_name_the_line_that_they_are_about(dwa):
 
 
 @one_backend
-def test_copy_is_the_original_and_a_pickled_callback_goes_on_without_it():
+def test_copy_is_the_original_and_a_pickled_callback_continues_without_it():
     dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2, verbose=1)
     train(dict_model(), dwa)
     moved = dwa.step()

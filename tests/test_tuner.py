@@ -7,7 +7,7 @@ from keras_dwa import DynamicWeightAverage
 
 
 @one_backend
-def test_every_trial_starts_afresh_and_moves_the_weights_by_its_temperature(tmp_path, dwa):
+def test_every_trial_starts_again_and_moves_the_weights_by_its_temperature(tmp_path, dwa):
     import keras_tuner
 
     trials = {}

@@ -176,7 +176,7 @@ def test_checkpoint_within_a_window_resumes_bit_for_bit(way, tmp_path):
 
 
 @deep_elsewhere
-def test_window_goes_on_in_the_next_fit_and_starts_its_epoch_again_after_an_exception(way):
+def test_window_continues_in_the_next_fit_and_starts_its_epoch_again_after_an_exception(way):
     model, dwa = start(way, 4)
     fit(model, dwa, epochs=1)
     assert dwa._weights.state.window[-1] == 1

@@ -4,7 +4,7 @@
 
 trains eight families of tasks by every method on ten seeds, and writes the tables and pictures of
 the evidence pages in `docs/`. What was trained is in `results/` and is not trained again, so
-that the study goes on after a kill; delete a file there to train its family anew.
+that the study continues after a kill. Delete a file there to train its family again.
 
 For each family, in this order: the learning rate is chosen for equal weights, by the lowest
 `val_base_loss` of any epoch, and used for all; each task is trained alone; static weights are drawn
