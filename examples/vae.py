@@ -4,7 +4,7 @@
 
 You will see the reconstruction and the KL divergence that three ways to weight
 the KL term reach on unseen digits: the weight 1; the base weight 0.25; and
-annealing, from 0 to 1 within seven epochs. Takes half a minute on two CPU
+annealing, from 0 to 1 within seven epochs. Takes under a minute on two CPU
 cores. The last line says which has the best bound (negative ELBO: the sum of
 both terms). vae.png shows the terms over the epochs, and a few images (needs
 matplotlib).

@@ -149,13 +149,14 @@ def _pairing_problem(model: keras.Model, entries: Entries) -> str | None:
     outputs = [name for name in names.values() if name not in fixed]
     if set(outputs) != set(entries):
         others = [name for name in outputs if name not in entries]
+        has_others = set(outputs) > set(entries)
         return (
             f"`model` was compiled with losses for {outputs}, but the callback has the outputs "
             f"{list(entries)}. Make the callback with\n    outputs={outputs}\nand write\n"
             f"    {_compile_call(outputs)}\n"
             + (
                 f"or give other outputs a number: {{**weighting.loss_weights, {others[0]!r}: 0.5}}"
-                if others
+                if has_others
                 else "If a loss term is not an output, use a compound loss for all terms."
             )
         )

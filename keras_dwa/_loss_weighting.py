@@ -4,10 +4,10 @@ import math
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import keras
 import numpy as np
@@ -360,13 +360,15 @@ class LossWeighting(keras.callbacks.Callback):
         return dict(self._weights.entries)
 
     @property
-    def state(self) -> Any:
+    def state(self) -> MutableMapping[str, Any]:
         """The rule's memory: a dict of name to array, saved with the model's weights.
 
         It is empty at first. Only `update` can write to it, as `self.state[name] = array`.
         """
         memory = self._weights.state.memory
-        return MappingProxyType(memory) if self._draft is None else self._draft
+        # Read-only outside `update`.
+        outside = cast(MutableMapping[str, Any], MappingProxyType(memory))
+        return outside if self._draft is None else self._draft
 
     @property
     def windows(self) -> list[Window]:
@@ -463,7 +465,7 @@ class LossWeighting(keras.callbacks.Callback):
         elif not isinstance(model, keras.Model):
             raise ValueError(
                 "`adapt` takes a compiled model and its data, or a dict of output name to average "
-                f"loss. Found {model!r}."
+                f"loss. Found {type(model).__name__}."
             )
         else:
             self.set_model(model)

@@ -228,8 +228,6 @@ MISWIRINGS = {
             arrange=as_list, loss=["mae", "mse"], weights=in_a_list),
         row("weight_of_another_callback_beside", "the outputs ['easy']", "{**weighting.loss_w",
             names=["easy"], weights=lambda ours: {**ours, "hard": new().loss_weights["hard"]}),
-        row("no_number_beside", "the outputs ['easy']", OUTPUTS, names=["easy"],
-            weights=lambda ours: {**ours, "hard": None}),
         row("lists_in_a_dict", "['mse']", "nested dicts",
             loss={"easy": ["mse"], "hard": ["mae"]}),
         # Keras pairs it with the outputs in the order of the model, not of the loss dict.
@@ -240,8 +238,9 @@ MISWIRINGS = {
             weights=lambda ours: {"easy": ours["hard"], "hard": ours["easy"]}),
         row("flat_weights", "the structure of `loss={'a': {", "'a/easy': <LossWeight",
             names=["a/easy", "a-b"], arrange=nested, loss=nested(LOSSES)),
-        row("another_name", "['easy', 'heavy']", OUTPUTS, "weighting.loss_weights, 'hard': 0.5}",
-            names=["easy", "heavy"]),
+        row("another_name", "['easy', 'heavy']", OUTPUTS, names=["easy", "heavy"]),
+        row("no_number_beside", "the outputs ['easy']", OUTPUTS, "weighting.loss_weights, 'hard': 0.5}",
+            names=["easy"], weights=lambda ours: {**ours, "hard": None}),
         # Elsewhere, Keras builds its loss before it shows the model to a callback.
         row("extra_name", "the outputs ['easy', 'hard', 'third']", OUTPUTS, "use a compound loss",
             names=["easy", "hard", "third"], on=["tensorflow"]),

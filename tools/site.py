@@ -17,6 +17,9 @@ def on_files(files, config):
     for name, page in PAGES.items():
         content = (Path(config.docs_dir).parent / name).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=content))
+    for path in sorted((Path(config.docs_dir).parent / "examples").glob("*.[ip]*")):
+        content = path.read_bytes()
+        files.append(File.generated(config, f"examples/{path.name}", content=content))
     return files
 
 

@@ -147,7 +147,7 @@ def metric_table(results):
 def draw(families, draw_panel):
     """A figure with a panel for each family, which `draw_panel(panel, of_family)` fills."""
     rows = -(-len(families) // 2)
-    figure = Figure((10, 2 + 2.6 * rows), layout="constrained")
+    figure = Figure((8.5, 2 + 2.6 * rows), layout="constrained")
     panels = figure.subplots(rows, 2, squeeze=False).flat
     for (name, of_family), panel in zip(families.items(), panels, strict=False):
         panel.set_title(name)
