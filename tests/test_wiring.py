@@ -239,8 +239,9 @@ MISWIRINGS = {
         row("flat_weights", "the structure of `loss={'a': {", "'a/easy': <LossWeight",
             names=["a/easy", "a-b"], arrange=nested, loss=nested(LOSSES)),
         row("another_name", "['easy', 'heavy']", OUTPUTS, names=["easy", "heavy"]),
-        row("no_number_beside", "the outputs ['easy']", OUTPUTS, "weighting.loss_weights, 'hard': 0.5}",
-            names=["easy"], weights=lambda ours: {**ours, "hard": None}),
+        row("no_number_beside", "the outputs ['easy']", OUTPUTS,
+            "weighting.loss_weights, 'hard': 0.5}", names=["easy"],
+            weights=lambda ours: {**ours, "hard": None}),
         # Elsewhere, Keras builds its loss before it shows the model to a callback.
         row("extra_name", "the outputs ['easy', 'hard', 'third']", OUTPUTS, "use a compound loss",
             names=["easy", "hard", "third"], on=["tensorflow"]),

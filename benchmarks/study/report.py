@@ -165,7 +165,7 @@ def draw_differences(panel, of_family):
         panel.plot(one.mean, row, "o", color=colour, markersize=4)
     panel.axvline(0, color="0.5", linestyle=":")
     panel.set_yticks(range(len(of_family)), list(reversed(of_family)), fontsize=8)
-    panel.set_xlabel("percentage points against equal weights")
+    panel.set_xlabel("points against equal weights")
 
 
 def draw_curves(panel, results):
