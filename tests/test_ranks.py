@@ -256,7 +256,7 @@ def test_ranks_of_one_model_are_those_of_its_process_group(tmp_path):
     assert outsider is None
     assert found[0][0] == found[1][0]
     for *_, error in found:
-        assert " on rank 0, [nan, nan] on rank 1. Give those" in error
+        assert " on rank 0, [nan, nan] on rank 1. Pass averages" in error
 
 
 def fit(rank, ranks):
