@@ -78,8 +78,8 @@ class LossWeighting(keras.callbacks.Callback):
 
     `save_weights`, `ModelCheckpoint` and `BackupAndRestore` save factors and `state` with the
     model. A pickled callback keeps them without the model. Once unpickled, it continues with the
-    first model that it gets. A copy is the callback itself, because the model reads this callback's
-    variables.
+    first model that it gets. `copy.copy` and `copy.deepcopy` return the callback itself, because
+    the model reads this callback's variables.
 
     Args:
         outputs: Names of the outputs that have a loss, as in `compile(loss={name: ...})`: a
