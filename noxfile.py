@@ -22,16 +22,18 @@ BACKENDS = {
     # With what says nothing about a backend, and is tested on this one. The tuner imports six, and
     # does not require it.
     "jax": ["jax==0.10.2", "ipython", "keras-tuner", "six"],
-    # With JAX, to read and write each other's files.
-    "torch": [
-        *("torch==2.13.0", "torchjd==0.18.0", "softadapt==0.2.0", "onnx", "onnxscript"),
-        "jax==0.10.2",
-    ],
+    "torch": ["torch==2.13.0", "torchjd==0.18.0", "softadapt==0.2.0"],
 }
+# For deep tests on torch: ONNX, and JAX, to read and write each other's files.
+INTERCHANGE = ["onnx", "onnxscript", "jax==0.10.2"]
 MANUAL = ["README.md", "docs"]
 # Pages about what the host computes: on JAX in `nox`, on the others in `nox -s deep`.
 OF_THE_HOST = [
-    f"docs/{name}.md" for name in ("choosing", "known_rules", "plots", "steady", "tuning")
+    f"docs/{name}.md"
+    for name in (
+        *("choosing", "how_it_works", "known_rules", "plots", "rules", "steady", "tuning"),
+        "windows",
+    )
 ]
 PACKAGE = ["tests", "keras_dwa"]
 # The most telling tests.
@@ -158,7 +160,8 @@ def deep(session):
 @nox.parametrize("backend", list(BACKENDS))
 def rest(session, backend):
     """The tests that `nox` leaves out. On JAX all tests, to cover every branch."""
-    install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "coverage", ".")
+    more = INTERCHANGE if backend == "torch" else []
+    install(session, KERAS, *BACKENDS[backend], *more, *TEST_TOOLS, "coverage", ".")
     if backend == "jax":
         # JAX covers all branches except torch's. On Python 3.11, tracing doubles the time.
         session.run("coverage", "erase")

@@ -42,6 +42,7 @@ def test_torch_program(model, tmp_path):
     check_predicts(program(keras.ops.convert_to_tensor(SAMPLE)), model)
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(BACKEND != "torch", reason="Keras's ONNX export needs tf2onnx or jax2onnx")
 # Keras calls torch's former exporter, which traces Keras's code.
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")

@@ -37,6 +37,7 @@ def load_without_the_package(path):
     assert "keras_dwa" not in sys.modules
 
 
+@pytest.mark.deep
 def test_process_without_the_package_gets_the_model_uncompiled(tmp_path):
     from common import dict_model, train
 
