@@ -38,8 +38,8 @@ class LossRecord:
                 synchronization="on_read",
                 name="record",
             )
-        # The sample counts of both rows at the last `take`.
-        self._total_count = self._new_count = 0.0
+        # The samples since the last reset, at the last `take`.
+        self._last_count = 0.0
 
     def add(self, losses: Any, samples: Any) -> None:
         """Adds a batch.
@@ -71,20 +71,18 @@ class LossRecord:
     def clear(self) -> None:
         """Sets all to zero."""
         self.variable.assign(keras.ops.zeros(self.variable.shape))
-        self._total_count = self._new_count = 0.0
+        self._last_count = 0.0
 
     def take(self, weights: Vector) -> Vector:
         """The `Segment.sums` of the batches since the last call. Each use of a loss is a batch."""
-        values = self.values()
-        counted = float(values[0, -1])
-        new = values[1]
+        since_reset, new = self.values()
         # On JAX, Keras undoes what `on_train_batch_begin` assigned if no batch follows.
-        if new[-1] - (counted - self._total_count) > 0.5 * self._new_count:
+        if since_reset[-1] == self._last_count:
             new = np.zeros_like(new)
         # On the device: JAX would compare host arrays between processes, and NaN is not equal.
         first = keras.ops.convert_to_tensor(self.variable)[:1]
         self.variable.assign(keras.ops.concatenate([first, keras.ops.zeros_like(first)]))
-        self._total_count, self._new_count = counted, float(new[-1])
+        self._last_count = float(since_reset[-1])
         return repeat_count(new)
 
 

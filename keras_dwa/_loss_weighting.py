@@ -174,9 +174,8 @@ class LossWeighting(keras.callbacks.Callback):
         wrapper, model = model, plain.model
         _wiring.check_model(model, weights, in_fit=False)
         self._wrapper = None if wrapper is model else wrapper
-        weights.logged = _wiring.logged_by_record(model, weights)
-        compiled_loss = model.loss
-        weights.marks.is_used = lambda: model.loss is compiled_loss
+        compiled_loss, logged = model.loss, _wiring.logged_by_record(model, weights)
+        weights.marks.logged = lambda: logged if model.loss is compiled_loss else ()
         former = self.model
         if model is former and _wiring.is_tracked(model, weights):
             return
@@ -311,7 +310,9 @@ class LossWeighting(keras.callbacks.Callback):
         _logs.add_base_loss(logs, ledger, losses, weights.base_weights, rest)
         val_weights, recorded = run.validation or (weights.vector.current, None)
         if recorded is not None:
-            recorded = _logs.logged_if_recorded(logs, weights.names, recorded, weights.logged or ())
+            recorded = _logs.logged_if_recorded(
+                logs, weights.names, recorded, weights.marks.logged()
+            )
         message = _logs.add_val_base_loss(
             logs, weights.names, val_weights, weights.base_weights, recorded, val_rest
         )
@@ -753,7 +754,7 @@ class LossWeighting(keras.callbacks.Callback):
         losses = averages(total(ledger))
         if run.by_record and is_known(ledger):
             by_name = weights.by_name(losses)
-            _logs.add_recorded_losses(logs, by_name, weights.logged or ())
+            _logs.add_recorded_losses(logs, by_name, weights.marks.logged())
         _logs.check_logs(logs, names)
         if not is_known(ledger):
             losses = _logs.logged_losses(logs, names, mean_weights(ledger))

@@ -152,11 +152,14 @@ class Marks:
     Attributes:
         resets: how often Keras has reset its sums.
         added: whether a compound loss was called since then, if only while a step was traced.
-        is_used: whether the model is still compiled as it was in the last `set_model`.
+        logged: returns the outputs whose recorded averages go into the model's logs.
     """
 
     resets, added = 0, False
-    is_used: Callable[[], bool] = staticmethod(lambda: True)
+
+    def __init__(self, names: tuple[str, ...]) -> None:
+        # Until `set_model` knows what the model logs.
+        self.logged: Callable[[], tuple[str, ...]] = lambda: names if self.added else ()
 
 
 class LossWeights(keras.metrics.Metric):
@@ -176,8 +179,6 @@ class LossWeights(keras.metrics.Metric):
         entries: output name to `LossWeight`.
         state: factors, memory, closed periods and the open window.
         record: the `LossRecord`; None until `start_recording`.
-        logged: the outputs whose recorded averages go into the model's logs; None before
-            `set_model`.
         before_change: called before the state changes, with the new one.
         is_loaded: whether the state was read from a file since the last epoch began.
     """
@@ -200,8 +201,7 @@ class LossWeights(keras.metrics.Metric):
                 {name: LossWeight(self.vector, k, name) for k, name in enumerate(self.names)}
             )
         self.record: LossRecord | None = None
-        self.marks = Marks()
-        self.logged: tuple[str, ...] | None = None
+        self.marks = Marks(self.names)
         self.before_change: Callable[[State], None] = _do_nothing
         self.state = self._initial_state(np.ones(len(self.names)))
         self.reset()
@@ -246,9 +246,9 @@ class LossWeights(keras.metrics.Metric):
         self.clear_record()
 
     def result(self) -> dict[str, Any]:
-        """The recorded averages as `<name>_loss`, for the outputs in `logged`."""
-        logged = (self.names if self.marks.added else ()) if self.logged is None else self.logged
-        if self.record is None or not logged or not self.marks.is_used():
+        """The recorded averages as `<name>_loss`, for the outputs in `marks.logged()`."""
+        logged = self.marks.logged()
+        if self.record is None or not logged:
             return {}
         sums = keras.ops.convert_to_tensor(self.record.variable)[0]
         averages = sums[:-1] / sums[-1]

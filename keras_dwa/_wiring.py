@@ -77,7 +77,7 @@ def attach(model: keras.Model, weights: LossWeights) -> None:
     """Sets the weights as an attribute of `model`, unless its compound loss tracks them."""
     if not is_tracked(model, weights):
         track(model, weights)
-    if weights.logged:
+    if weights.marks.logged():
         # As `compile` does, because a step that TensorFlow traced before does not return our logs.
         model.train_function = model.test_function = None
     if not lacks_compound_loss(model, weights.record is not None) and _hides(model, weights):
