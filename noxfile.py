@@ -7,6 +7,8 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2024.4.15"
+# `deep` and `quick` run in the environments that `nox` made.
+nox.options.reuse_venv = "yes"
 
 # The test environments' versions; what users install has ranges, in pyproject.toml.
 KERAS = "keras==3.15.1"
@@ -61,7 +63,7 @@ IN_PROCESSES = [
     f"tests/test_{name}.py" for name in ("examples", "benchmarks", "distribution", "killed")
 ]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
-TEST_TOOLS += ["matplotlib", "cloudpickle"]
+TEST_TOOLS += ["matplotlib", "cloudpickle", "coverage"]
 TRACED = ("coverage", "run", "-m", "pytest")
 THIRD_PARTY = [
     "keras-rs==0.4.0",
@@ -101,15 +103,11 @@ def run_tests(session, backend, *arguments, runner=("pytest",), caches=True):
     session.run(*runner, "-n", "2", "--dist", "loadfile", *arguments, env=environment)
 
 
-def check_style(session):
-    session.run("ruff", "check", ".")
-    session.run("ruff", "format", "--check", ".")
-
-
 @nox.session
 def lint(session):
     install(session, "ruff")
-    check_style(session)
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
 
 
 @nox.session
@@ -130,52 +128,55 @@ def docs(session):
 @nox.session
 @nox.parametrize("backend", list(BACKENDS))
 def tests(session, backend):
-    """The suite, with short runs of the examples and the code of docstrings and pages."""
+    """The suite, with the code of the manual. `-- quick` and `-- deep` run other parts."""
+    run_part = {"": run_suite, "quick": run_most_telling, "deep": run_rest}
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, ".")
+    run_part[" ".join(session.posargs)](session, backend)
+
+
+def run_suite(session, backend):
     others = [] if backend == "jax" else [f"--ignore={page}" for page in OF_THE_HOST]
     run_tests(session, backend, *others, *MANUAL, *PACKAGE)
 
 
-@nox.session(default=False, reuse_venv=True)
-def quick(session):
-    """While you work: style, types, and the most telling tests on JAX."""
-    install(session, "ruff", "mypy", KERAS, *BACKENDS["jax"], *TEST_TOOLS)
-    check_style(session)
-    session.run("mypy")
-    run_tests(session, "jax", "-k", "not eager", *QUICK)
+def run_most_telling(session, backend):
+    run_tests(session, backend, "-k", "not eager", *QUICK)
 
 
-@nox.session(default=False, venv_backend="none")
-def deep(session):
-    """Tests beyond what `nox` runs: worth running, but not worth waiting for."""
-    for backend in BACKENDS:
-        session.notify(f"rest(backend='{backend}')")
-    for backend in OLDEST:
-        session.notify(f"oldest(backend='{backend}')")
-    for name in ("coverage", "docs", "package", "readme", "notebook"):
-        session.notify(name)
-
-
-@nox.session(default=False)
-@nox.parametrize("backend", list(BACKENDS))
-def rest(session, backend):
+def run_rest(session, backend):
     """The tests that `nox` leaves out. On JAX all tests, to cover every branch."""
-    more = INTERCHANGE if backend == "torch" else []
-    install(session, KERAS, *BACKENDS[backend], *more, *TEST_TOOLS, "coverage", ".")
     if backend == "jax":
         # JAX covers all branches except torch's. On Python 3.11, tracing doubles the time.
         session.run("coverage", "erase")
         others = [f"--ignore={path}" for path in IN_PROCESSES]
         run_tests(session, backend, "-m", "", *others, *PACKAGE, runner=TRACED)
         run_tests(session, backend, "-m", "deep", *IN_PROCESSES)
-    elif backend == "torch":
-        others = [f"--ignore={path}" for path in TORCH_ALONE]
-        run_tests(session, backend, "-m", "deep", *others, *PACKAGE)
+        return
+    if backend == "torch":
+        install(session, *INTERCHANGE)
         run_tests(session, backend, "-m", "", *TORCH_ALONE, runner=TRACED)
-    else:
-        run_tests(session, backend, "-m", "deep", *PACKAGE)
-    if backend != "jax":
-        run_tests(session, backend, *OF_THE_HOST)
+    others = [f"--ignore={path}" for path in TORCH_ALONE if backend == "torch"]
+    run_tests(session, backend, "-m", "deep", *others, *PACKAGE)
+    run_tests(session, backend, *OF_THE_HOST)
+
+
+@nox.session(default=False, venv_backend="none")
+def quick(session):
+    """While you work: style, types, and the most telling tests on JAX."""
+    session.notify("lint")
+    session.notify("types")
+    session.notify("tests(backend='jax')", ["quick"])
+
+
+@nox.session(default=False, venv_backend="none")
+def deep(session):
+    """Tests beyond what `nox` runs: worth running, but not worth waiting for."""
+    for backend in BACKENDS:
+        session.notify(f"tests(backend='{backend}')", ["deep"])
+    for backend in OLDEST:
+        session.notify(f"oldest(backend='{backend}')")
+    for name in ("coverage", "docs", "package", "readme", "notebook"):
+        session.notify(name)
 
 
 @nox.session(default=False)
@@ -191,7 +192,7 @@ def oldest(session, backend):
 
 @nox.session(default=False)
 def coverage(session):
-    """Checks that `rest` ran every branch of the package."""
+    """Checks that `tests -- deep` ran every branch of the package."""
     install(session, "coverage")
     session.run("coverage", "combine", "--quiet")
     session.run("coverage", "report")
@@ -209,7 +210,7 @@ def package(session):
         session.error(f"{wheel} lacks py.typed")
 
 
-@nox.session(default=False)
+@nox.session(default=False, reuse_venv=False)
 def readme(session):
     """Does what a new user does: the README's commands, then its code, in a new environment."""
     blocks = re.findall(r"```(\w+)\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
