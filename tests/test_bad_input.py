@@ -1,7 +1,6 @@
 """What bad input gets: an error that names what was found and shows what to write, or a warning."""
 
 import re
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -17,7 +16,6 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
         DynamicWeightAverage(["a"], 0)
     with pytest.raises(ValueError, match="Found `temperature = '2'`"):
         dwa.temperature = "2"
-    assert dwa.temperature == 0.2
 
 
 @one_backend
@@ -27,13 +25,8 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
         ([], "must be a sequence of one or more output names"),
         ("depth", "or a dict of name to base weight. Found `outputs = 'depth'`"),
         ({"a", "b"}, "must be a sequence"),
-        (["a", "b", "a"], "would have ['a_loss', 'val_a_loss'] twice"),
-        (["a", 1], "output names, or a dict of name to base weight. Found `outputs = ['a', 1]`"),
-        (
-            {"a": 1.0, "b": 0.0},
-            "Found 0.0 for 'b'. To switch a loss off, write\n    weighting.assi",
-        ),
-        ({"a": float("nan")}, "Found nan for 'a'"),
+        (["a", 1], "Found `outputs = ['a', 1]`"),
+        ({"a": 0.0}, "Found 0.0 for 'a'. To switch a loss off, write\n    weighting.assi"),
         ({"a": "1"}, "Found '1' for 'a'"),
         # Twice this weight is infinite in float32.
         ({"a": 2e38, "b": 1.0}, "within the range of float32. Found 2e+38 for 'a'"),
@@ -57,22 +50,18 @@ def test_base_weights_and_state_cannot_be_assigned(dwa):
             shown["easy"] = 5.0
 
 
-def test_base_weights_have_the_range_of_floatx():
-    smallest, largest = float(np.finfo("float32").tiny), float(np.finfo("float32").max)
-    for dtype, outputs, refused in [
-        ("float32", {"a": smallest, "b": largest / 2}, None),
-        ("float64", {"a": 1e300, "b": 1e-300}, None),
-        ("float16", {"a": 30000.0, "b": 1.0}, None),
-        ("float16", {"a": 40000.0, "b": 1.0}, "40000.0"),
-        ("bfloat16", {"a": 1e38, "b": 1.0}, None),
-        ("bfloat16", {"a": 2e38, "b": 1.0}, "2e+38"),
-    ]:
-        message = re.escape(f"within the range of {dtype}. Found {refused} for 'a'")
-        with floatx(dtype), pytest.raises(ValueError, match=message) if refused else nullcontext():
-            weights = DynamicWeightAverage(outputs).loss_weights
-            assert {weight.dtype for weight in weights.values()} == {dtype}
-            found = {name: float(weight) for name, weight in weights.items()}
-            assert found == pytest.approx(outputs, rel=1e-2)
+@pytest.mark.parametrize(
+    ("dtype", "largest", "refused"),
+    [("float64", 1e300, None), ("float16", 3e4, 4e4), ("bfloat16", 1e38, 2e38)],
+)
+def test_base_weights_have_the_range_of_floatx(dtype, largest, refused):
+    with floatx(dtype):
+        weight = DynamicWeightAverage({"a": largest, "b": 1.0}).loss_weights["a"]
+        assert weight.dtype == dtype
+        assert float(weight) == pytest.approx(largest, rel=1e-2)
+        if refused:
+            with pytest.raises(ValueError, match=f"within the range of {dtype}. Found"):
+                DynamicWeightAverage({"a": refused, "b": 1.0})
 
 
 @one_backend
@@ -80,9 +69,7 @@ def test_base_weights_have_the_range_of_floatx():
     ("losses", "message"),
     [
         ({"easy": 1.0}, "needs one loss for each of ['easy', 'hard']. Found ['easy']"),
-        ({"easy": 1.0, "hard": 1.0, "more": 1.0}, "Found ['easy', 'hard', 'more']"),
         ({"easy": 1.0, "hard": [1.0, 2.0]}, "scalar tensors. Found [1.0, 2.0] for 'hard'"),
-        ({"easy": np.ones((1,)), "hard": 1.0}, "scalar tensors. Found array([1.]) for 'easy'"),
         ({"easy": 1j, "hard": 1.0}, "Found 1j for 'easy'"),
     ],
 )
@@ -97,13 +84,8 @@ def test_step_takes_one_scalar_per_output(dwa, losses, message):
 @pytest.mark.parametrize(
     ("before", "odd", "message"),
     [
-        (
-            (1.0, 3.0),
-            (np.nan, -np.inf),
-            "'easy' (nan), 'hard' (-inf) is not finite, so the epoch is",
-        ),
+        ((1.0, 3.0), (np.nan, -np.inf), "'easy' (nan), 'hard' (-inf) is not finite, so the epoch"),
         ((0.0, 4.0), (0.5, 2.0), "holds the loss weights after 2 epochs: the loss of 'easy' (0.5)"),
-        ((1.0, 1.0), (-1.0, 1.0), "the loss of 'easy' (-1.0) changed its sign after 2 epochs"),
     ],
 )
 def test_odd_average_is_warned_of_by_name_value_and_epoch(dwa, before, odd, message):
@@ -116,7 +98,7 @@ def test_odd_average_is_warned_of_by_name_value_and_epoch(dwa, before, odd, mess
 def test_changed_sign_is_warned_of_once_until_reset(dwa):
     for _ in range(2):
         dwa.step({"easy": 1.0, "hard": 1.0})
-        with pytest.warns(UserWarning, match=r"'hard' \(-1.0\) changed its sign"):
+        with pytest.warns(UserWarning, match=r"'hard' \(-1.0\) changed its sign after 2 epochs"):
             dwa.step({"easy": 1.0, "hard": -1.0})
         dwa.step({"easy": 1.0, "hard": 1.0})
         dwa.reset()

@@ -40,18 +40,3 @@ def test_torch_program(model, tmp_path):
     model.export(tmp_path / "model.pt2", format="torch", verbose=False)
     program = torch.export.load(tmp_path / "model.pt2").module()
     check_predicts(program(keras.ops.convert_to_tensor(SAMPLE)), model)
-
-
-@pytest.mark.deep
-@pytest.mark.skipif(BACKEND != "torch", reason="Keras's ONNX export needs tf2onnx or jax2onnx")
-# Keras calls torch's former exporter, which traces Keras's code.
-@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export")
-@pytest.mark.filterwarnings("ignore:The feature will be removed. Please remove usage")
-@pytest.mark.filterwarnings("ignore:Converting a tensor to a Python integer")
-def test_onnx(model, tmp_path):
-    import onnx.reference
-
-    model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
-    session = onnx.reference.ReferenceEvaluator(str(tmp_path / "model.onnx"))
-    _, hard = session.run(None, dict.fromkeys(session.input_names, SAMPLE))
-    check_predicts({"hard": hard}, model)

@@ -26,24 +26,16 @@ def segment(weights, end, losses=None, counts=(1.0, 1.0), total=None):
     return Segment(np.array(weights), end, np.array(sums, dtype=float))
 
 
-def test_each_loss_has_its_own_count():
-    ledger = [
-        segment([1.0, 1.0], 1, (2.0, 8.0), (2, 6)),
-        segment([3.0, 1.0], 2, (4.0, 2.0), (2, 12)),
-    ]
-    np.testing.assert_allclose(averages(total(ledger)), [3.0, (8 * 6 + 2 * 12) / 18])
-
-
-def test_parts_count_by_the_total_whatever_the_losses_count_by():
+def test_losses_have_their_own_counts_and_the_parts_those_of_the_total():
     ledger = [
         segment([1.0, 1.0], 3, (1.0, 4.0), (6, 18), total=6),
-        segment([1.0, 0.5], 4, (1.0, 4.0), (1, 30), total=2),
+        segment([1.0, 0.5], 4, (3.0, 8.0), (2, 2), total=2),
     ]
     losses = averages(total(ledger))
-    np.testing.assert_allclose(losses, [1.0, 4.0])
-    np.testing.assert_allclose(mean_weights(ledger), [1.0, 0.75 + 0.25 * 0.5])
-    np.testing.assert_allclose(loss_parts(ledger, losses), [1.0, 3.5])
-    np.testing.assert_allclose(loss_parts(ledger, losses, np.array([2.0, 1.0])), [2.0, 4.0])
+    np.testing.assert_allclose(losses, [1.5, 4.4])
+    np.testing.assert_allclose(mean_weights(ledger), [1.0, 0.875])
+    np.testing.assert_allclose(loss_parts(ledger, losses), [1.5, 4.0])
+    np.testing.assert_allclose(loss_parts(ledger, losses, np.array([2.0, 1.0])), [3.0, 5.0])
 
 
 def test_weights_that_stay_are_exact_and_the_logged_losses_theirs():
@@ -67,10 +59,6 @@ def test_segment_without_a_loss_leaves_the_others_as_they_are():
     losses = averages(total(ledger))
     np.testing.assert_allclose(losses, [1.0, 3.0])
     np.testing.assert_allclose(loss_parts(ledger, losses), [2.0, 3.0])
-
-
-def test_loss_without_a_count_has_no_average():
-    np.testing.assert_array_equal(averages(np.array([0.0, 6.0, 0.0, 2.0, 2.0])), [np.nan, 3.0])
 
 
 def test_batch_had_the_weights_of_its_segment_or_the_current_ones():

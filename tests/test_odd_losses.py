@@ -29,14 +29,14 @@ def test_loss_that_overflows_float16_leaves_the_epoch_out():
         first = train(model, dwa, optimizer=optimizer, epochs=1)
         with pytest.warns(UserWarning, match=r"after 2 epochs: .* 'easy' \(inf\) is not finite"):
             odd = fit(model, dwa, y=huge, initial_epoch=1, epochs=2)
-        history = joined(first, fit(model, dwa, initial_epoch=2, epochs=5))
+        later = fit(model, dwa, initial_epoch=2, epochs=4)
     # Not NaN, as 0 times infinity would be.
     assert odd["easy_loss"] == odd["base_loss"] == [np.inf]
     # As if the epoch had not happened.
-    assert np.isfinite(history["loss"]).all()
-    weights = np.array([history["easy_weight"], history["hard_weight"]]).T
-    np.testing.assert_allclose(weights, expected_weights(history, dwa), rtol=5e-3)
-    assert abs(weights[2, 0] - 1) > 0.01
+    history = joined(first, later)
+    expected = expected_weights(history, dwa)[:, 0]
+    np.testing.assert_allclose(history["easy_weight"], expected, rtol=5e-3)
+    assert abs(expected[2] - 1) > 0.01
 
 
 def test_losses_that_underflow_float16_are_no_alarm():
@@ -47,14 +47,13 @@ def test_losses_that_underflow_float16_are_no_alarm():
     assert history["loss"] == [0.0]
 
 
-@pytest.mark.parametrize("update_freq", ["epoch", 2])
-def test_bfloat16_as_floatx(update_freq):
+def test_bfloat16_as_floatx():
     with floatx("bfloat16"):
-        dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2, update_freq=update_freq)
-        history = train(dict_model(), dwa, validation_split=0.2, epochs=4)
+        dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+        history = train(dict_model(), dwa, validation_split=0.2)
         with pytest.raises(ValueError, match=r"3\.4e\+38 for 'easy'.* in bfloat16"):
             dwa.assign({"easy": 3.4e38})
-    assert history["easy_weight"][3] != 1.0
+    assert history["easy_weight"][2] != 1.0
     check_base_loss(history, {"easy": 1.0, "hard": 1.0}, rtol=0.02)
 
 
@@ -84,14 +83,8 @@ class EmptyThirdEpoch(keras.utils.PyDataset):
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_epoch_without_batches_holds_the_weights():
     dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2)
-    weights, logs = [], []
-    keep = keras.callbacks.LambdaCallback(
-        on_epoch_begin=lambda epoch, log: weights.append(dwa.step()["easy"]),
-        on_epoch_end=lambda epoch, log: logs.append({key: [log[key]] for key in log}),
-    )
     with pytest.warns(UserWarning, match=r"holds the loss weights: epoch 3 had no batches\. "):
-        train(dict_model(), dwa, EmptyThirdEpoch(), None, epochs=5, shuffle=False, others=[keep])
-    assert weights[3] == weights[2] != 3.0
-    # Keras's logs of such an epoch depend on the backend.
-    assert "easy_weight" not in logs.pop(2)
-    check_run(joined(*logs), dwa)
+        history = train(dict_model(), dwa, EmptyThirdEpoch(), None, epochs=5)
+    # What else Keras logs of such an epoch depends on the backend.
+    assert len(history["easy_weight"]) == 4
+    check_run({key: values[:2] + values[-2:] for key, values in history.items()}, dwa)

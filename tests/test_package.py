@@ -8,7 +8,6 @@ from pathlib import Path
 
 import keras
 import pytest
-from processes import succeeds
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,25 +27,6 @@ assert [name for name in dir(keras_dwa) if name[0] != "_"] == sorted(keras_dwa._
     # Not forked: the process must have imported nothing else before.
     brought_in = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert set(brought_in) - {"numpy"} == {"keras_dwa"}
-
-
-def load_without_the_package(path):
-    keras.models.load_model(path, compile=False)
-    with pytest.raises(TypeError, match="Could not locate class 'LossWeight'"):
-        keras.models.load_model(path)
-    assert "keras_dwa" not in sys.modules
-
-
-@pytest.mark.deep
-def test_process_without_the_package_gets_the_model_uncompiled(tmp_path):
-    from common import dict_model, train
-
-    from keras_dwa import DynamicWeightAverage
-
-    model = dict_model()
-    train(model, DynamicWeightAverage(["easy", "hard"]), epochs=1)
-    model.save(tmp_path / "model.keras")
-    assert succeeds(load_without_the_package, tmp_path / "model.keras")
 
 
 @pytest.mark.parametrize(

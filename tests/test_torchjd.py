@@ -14,7 +14,7 @@ from torchjd.scalarization import DWA
 
 
 @pytest.mark.filterwarnings("ignore:DynamicWeightAverage found that the loss of .* changed its")
-@pytest.mark.parametrize("count", range(1, 9))
+@pytest.mark.parametrize("count", [1, 2, 7])
 def test_combine_and_step_are_as_torchjd_for_losses_of_any_sign(count):
     random, names = np.random.default_rng(count), [f"task_{k}" for k in range(count)]
     temperature = random.uniform(1, 5)
