@@ -2,7 +2,6 @@
 
 import re
 
-import numpy as np
 import pytest
 from common import floatx, one_backend
 
@@ -24,10 +23,8 @@ def test_temperature_must_be_finite_and_positive_at_first_and_later(dwa):
     [
         ([], "must be a sequence of one or more output names"),
         ("depth", "or a dict of name to base weight. Found `outputs = 'depth'`"),
-        ({"a", "b"}, "must be a sequence"),
         (["a", 1], "Found `outputs = ['a', 1]`"),
         ({"a": 0.0}, "Found 0.0 for 'a'. To switch a loss off, write\n    weighting.assi"),
-        ({"a": "1"}, "Found '1' for 'a'"),
         # Twice this weight is infinite in float32.
         ({"a": 2e38, "b": 1.0}, "within the range of float32. Found 2e+38 for 'a'"),
         # Below the smallest normal number: it is 0 on some devices.
@@ -81,17 +78,10 @@ def test_step_takes_one_scalar_per_output(dwa, losses, message):
 
 # `test_properties.py` checks the weights after such losses.
 @one_backend
-@pytest.mark.parametrize(
-    ("before", "odd", "message"),
-    [
-        ((1.0, 3.0), (np.nan, -np.inf), "'easy' (nan), 'hard' (-inf) is not finite, so the epoch"),
-        ((0.0, 4.0), (0.5, 2.0), "holds the loss weights after 2 epochs: the loss of 'easy' (0.5)"),
-    ],
-)
-def test_odd_average_is_warned_of_by_name_value_and_epoch(dwa, before, odd, message):
-    dwa.step(dict(zip(dwa.outputs, before, strict=True)))
-    with pytest.warns(UserWarning, match=re.escape(message)):
-        dwa.step(dict(zip(dwa.outputs, odd, strict=True)))
+def test_loss_that_was_zero_is_warned_of_by_name_value_and_epoch(dwa):
+    dwa.step({"easy": 0.0, "hard": 4.0})
+    with pytest.warns(UserWarning, match=r"after 2 epochs: the loss of 'easy' \(0\.5\) was 0"):
+        dwa.step({"easy": 0.5, "hard": 2.0})
 
 
 @one_backend

@@ -51,8 +51,6 @@ def test_bfloat16_as_floatx():
     with floatx("bfloat16"):
         dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
         history = train(dict_model(), dwa, validation_split=0.2)
-        with pytest.raises(ValueError, match=r"3\.4e\+38 for 'easy'.* in bfloat16"):
-            dwa.assign({"easy": 3.4e38})
     assert history["easy_weight"][2] != 1.0
     check_base_loss(history, {"easy": 1.0, "hard": 1.0}, rtol=0.02)
 

@@ -11,8 +11,6 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
 pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="one backend is enough")
 
 
@@ -40,12 +38,6 @@ assert [name for name in dir(keras_dwa) if name[0] != "_"] == sorted(keras_dwa._
 def test_version_is_the_same_everywhere(file, pattern):
     latest, *_ = re.findall(pattern, (ROOT / file).read_text(), re.MULTILINE)
     assert latest == importlib.metadata.version("keras_dwa")
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_code_and_output_fit_on_the_page(page):
-    blocks = re.findall(r"^```.*?^```$", page.read_text(), re.MULTILINE | re.DOTALL)
-    assert [line for line in "\n".join(blocks).splitlines() if len(line) > 80] == []
 
 
 def test_troubleshooting_has_the_messages_that_there_are():
