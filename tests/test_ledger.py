@@ -56,6 +56,7 @@ def test_batches_whose_losses_are_not_known_count_one_each(sums):
 
 def test_segment_without_a_loss_leaves_the_others_as_they_are():
     ledger = [segment([2.0, 1.0], 1, (1.0, 3.0)), segment([4.0, 1.0], 2, (0.0, 0.0), (0, 0))]
+    np.testing.assert_array_equal(averages(ledger[1].sums), [np.nan, np.nan])
     losses = averages(total(ledger))
     np.testing.assert_allclose(losses, [1.0, 3.0])
     np.testing.assert_allclose(loss_parts(ledger, losses), [2.0, 3.0])

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import keras
 import pytest
+from common import one_backend
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="one backend is enough")
+pytestmark = one_backend
 
 
 def test_import_brings_in_keras_and_numpy_only_and_shows_public_names_only():

@@ -15,7 +15,6 @@ from common import (
     ComputeLoss,
     Lambda,
     TwoHeads,
-    X,
     Y,
     check_run,
     compiled,
@@ -28,6 +27,7 @@ from common import (
 from common import fit as fit_model
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
+from keras_dwa._logs import add_val_base_loss
 from keras_dwa._wiring import static_sums
 
 reached = []
@@ -236,16 +236,6 @@ def test_miswiring_says_what_was_found_and_what_to_write(most, run, message):
     assert len(reached) <= most
 
 
-@one_backend
-def test_names_are_told_apart():
-    names = ["a", "a_loss", "a_weight", "loss", "größe/a b"]
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, {name: keras.layers.Dense(1)(inputs) for name in names})
-    targets = {name: X[:, :1] * k for k, name in enumerate(names)}
-    dwa, losses = new(*names), dict.fromkeys(names, "mse")
-    check_run(train(model, dwa, y=targets, loss=losses, validation_split=0.2), dwa)
-
-
 def check_totals(*epochs):
     """Compares each epoch's total with the sum under its weights and that under static ones."""
     suspects = np.array([True])
@@ -270,15 +260,12 @@ def test_weights_that_do_not_reach_the_loss_are_found_after_an_epoch_of_nan():
 
 
 @one_backend
-def test_logs_without_the_losses_of_validation_cost_its_base_loss_alone(dwa):
+def test_logs_without_the_losses_of_validation_cost_its_base_loss_alone():
     # As if a `test_step` returned only the total.
-    total_alone = Lambda(
-        on_epoch_end=lambda epoch, logs: [logs.pop(f"val_{name}_loss") for name in LOSSES]
-    )
-    model = compiled(dict_model(), dwa)
-    with pytest.warns(UserWarning, match=r"lack \['val_easy_loss', 'val_hard_loss'\]"):
-        history = fit(model, total_alone, dwa, epochs=1, validation_split=0.2)
-    assert "val_base_loss" not in history
+    logs, ones = {"val_loss": 3.0}, np.ones(2)
+    message = add_val_base_loss(logs, NAMES, ones, ones, recorded=None, rest=None)
+    assert "the logs lack ['val_easy_loss', 'val_hard_loss']" in message
+    assert logs == {"val_loss": 3.0}
 
 
 @deep_elsewhere
