@@ -82,19 +82,19 @@ def test_loaded_model_is_as_the_saved_one_and_continues_as_that_would(make_model
 
 @one_backend
 @pytest.mark.parametrize(
-    "weighting",
+    ("rule", "arguments"),
     [
-        LossWeighting(BASE, update_freq=3, verbose=1),
-        DynamicWeightAverage(BASE, temperature=0.2),
-        LossWeightScheduler(BASE, anneal),
+        (LossWeighting, {"update_freq": 3, "verbose": 1}),
+        (DynamicWeightAverage, {"temperature": 0.2}),
+        (LossWeightScheduler, {"schedule": anneal}),
     ],
 )
-def test_config_has_all_arguments_also_in_that_of_a_compound_loss_of_names_alone(weighting):
-    compound = CompoundLoss(["easy", "hard"], weighting)
+def test_config_has_all_arguments_also_in_that_of_a_compound_loss_of_names_alone(rule, arguments):
+    compound = CompoundLoss(["easy", "hard"], rule(BASE, **arguments))
     config = keras.saving.serialize_keras_object(compound)
     loaded = keras.saving.deserialize_keras_object(config)
     assert repr(loaded) == repr(compound)
-    assert loaded.weighting.get_config() == weighting.get_config()
+    assert arguments.items() <= loaded.weighting.get_config().items()
 
 
 @register

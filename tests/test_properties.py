@@ -77,7 +77,7 @@ def weights_by_the_table(history, temperature):
 
 def histories(count):
     """Epochs of that many losses."""
-    return st.lists(vectors(any_float, count), min_size=1, max_size=12)
+    return st.lists(vectors(any_float, count), min_size=1, max_size=6)
 
 
 @given(st.integers(1, 5).flatmap(histories), st.floats(min_value=0.05, max_value=20))
