@@ -26,8 +26,6 @@ BACKENDS = {
     "jax": ["jax==0.10.2", "ipython", "keras-tuner", "six"],
     "torch": ["torch==2.13.0", "torchjd==0.18.0", "softadapt==0.2.0"],
 }
-# For deep tests on torch: ONNX, and JAX, to read and write each other's files.
-INTERCHANGE = ["onnx", "onnxscript", "jax==0.10.2"]
 MANUAL = ["README.md", "docs"]
 # Pages about what the host computes: on JAX in `nox`, on the others in `nox -s deep`.
 OF_THE_HOST = [
@@ -152,11 +150,16 @@ def run_rest(session, backend):
         run_tests(session, backend, "-m", "", *others, *PACKAGE, runner=TRACED)
         run_tests(session, backend, "-m", "deep", *IN_PROCESSES)
         return
+    deep = ["-m", "deep", *PACKAGE]
     if backend == "torch":
-        install(session, *INTERCHANGE)
         run_tests(session, backend, "-m", "", *TORCH_ALONE, runner=TRACED)
-    others = [f"--ignore={path}" for path in TORCH_ALONE if backend == "torch"]
-    run_tests(session, backend, "-m", "deep", *others, *PACKAGE)
+        deep += [f"--ignore={path}" for path in TORCH_ALONE]
+        # The two read and write each other's files.
+        jax, *_ = BACKENDS["jax"]
+        install(session, jax)
+    run_tests(session, backend, *deep)
+    if backend == "torch":
+        session.run("pip", "uninstall", "--yes", "jax", "jaxlib", silent=True)
     run_tests(session, backend, *OF_THE_HOST)
 
 
