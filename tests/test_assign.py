@@ -18,13 +18,12 @@ from common import (
     compiled,
     dict_model,
     fit,
-    floatx,
     one_backend,
     train,
 )
 from loops import value_and_gradient
 
-from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting, dwa_weights
+from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
 
 BASE = {"easy": 3.0, "hard": 0.5}
 
@@ -47,16 +46,14 @@ def under_static_weights():
     return initial, model.get_weights()
 
 
-@pytest.mark.parametrize("loss", [LOSSES, None], ids=["compile", "compute_loss"])
+@pytest.mark.parametrize(
+    ("way", "eager"), [("compile", False), ("compute_loss", False), ("compile", True)]
+)
 def test_factors_assigned_in_other_callbacks_reach_the_next_step(
-    weighting, loss, mode, under_static_weights
+    weighting, way, eager, under_static_weights
 ):
-    if "steps_per_execution" in mode:
-        pytest.skip("a batch alone cannot be assigned for there")
-    if BACKEND == "torch" and "jit_compile" in mode:
-        pytest.skip("torch compiles for a minute what other tests also compile")
     initial, expected = under_static_weights
-    model = dict_model() if loss else ComputeLoss(weighting)
+    model = dict_model() if way == "compile" else ComputeLoss(weighting)
     model(X)
     model.set_weights(initial)
     steps = itertools.count()
@@ -67,7 +64,7 @@ def test_factors_assigned_in_other_callbacks_reach_the_next_step(
         on_epoch_end=lambda epoch, logs: epoch == 0 and weighting.assign({"easy": 2.0}),
         on_epoch_begin=lambda epoch, logs: epoch == 2 and weighting.assign({"hard": 2.0}),
     )
-    compiled(model, weighting, **mode)
+    compiled(model, weighting, run_eagerly=eager)
     history = fit(model, weighting, assign, validation_data=(X, Y))
 
     for ours, static in zip(model.get_weights(), expected, strict=True):
@@ -81,20 +78,8 @@ def test_factors_assigned_in_other_callbacks_reach_the_next_step(
 
 
 @one_backend
-def test_callback_that_assigns_may_come_before_where_callbacks_wait_for_each_batch(weighting):
-    assign = Lambda(
-        on_train_batch_begin=lambda batch, logs: batch == 2 and weighting.assign({"hard": 0.0}),
-        on_train_batch_end=lambda batch, logs: None,
-    )
-    history = fit(compiled(dict_model(), weighting), assign, weighting, epochs=1)
-    np.testing.assert_allclose(history["hard_weight"], [2 / 5 * 0.5], rtol=1e-6)
-    check_base_loss(history, BASE)
-
-
-@one_backend
 def test_factors_assigned_before_a_fit_hold_for_its_model(weighting):
     def hard_weight(*others):
-        """The loss of a new model."""
         return train(dict_model(), weighting, epochs=1, others=others)["hard_weight"]
 
     weighting.assign({"hard": 0.0})
@@ -121,18 +106,6 @@ def test_factors_assigned_in_a_loop_reach_the_gradient(weighting, compiled):
         value, gradient = value_and_gradient(loss, point, compiled)
         np.testing.assert_allclose(value, 3 * 9 + 0.5 * hard * 20, rtol=1e-6)
         np.testing.assert_allclose(gradient, [3 * 6, 0.5 * hard * 5], rtol=1e-6)
-
-
-@one_backend
-def test_assignment_within_an_epoch_leaves_what_was_recorded():
-    dwa = DynamicWeightAverage(NAMES)
-    compound = CompoundLoss(NAMES, dwa)
-    for hard in (3.0, 1.0):
-        compound.combine({"easy": 4.0, "hard": 1.0})
-        dwa.assign({"easy": 9.0})
-        compound.combine({"easy": 4.0, "hard": hard})
-        factors = dwa.step()
-    np.testing.assert_allclose(list(factors.values()), dwa_weights([4, 1], [4, 2]), rtol=1e-6)
 
 
 @one_backend
@@ -170,14 +143,9 @@ def test_assignment_beside_the_next_steps_says_where_to_call_it(weighting):
         ({"third": 1.0}, "`assign`: found ['third']. The outputs are ['easy', 'hard']."),
         ({"hard": -0.5}, "`assign`: found -0.5 for 'hard'. A factor must be a finite number >= 0"),
         ({"hard": float("nan")}, "found nan for 'hard'"),
-        ({"easy": 10**400}, "for 'easy'"),
         ({"easy": "2"}, "found '2' for 'easy'"),
-        ({"easy": [1.0]}, "found [1.0] for 'easy'"),
         # Times its base weight of 3, it is infinite in float32.
-        (
-            {"easy": 2e38},
-            "found 2e+38 for 'easy'. A factor must be a finite number >= 0, and so must its prod",
-        ),
+        ({"easy": 2e38}, "found 2e+38 for 'easy'. A factor must be a finite number >= 0, and so"),
         ([2.0], "`assign`: expected a dict of name to factor. Found [2.0]."),
     ],
 )
@@ -188,26 +156,17 @@ def test_factors_must_be_finite_numbers_by_output_name(weighting, factors, messa
     assert weighting.factors == {"easy": 1.0, "hard": 0.25}
 
 
-def test_factor_may_be_as_large_as_floatx_allows():
-    LossWeighting(["easy"]).assign({"easy": float(np.finfo("float32").max)})
-    with floatx("float64"):
-        weighting = LossWeighting({"easy": 3.0})
-        weighting.assign({"easy": 2e38})
-        assert float(weighting.loss_weights["easy"]) == 6e38
-
-
 @one_backend
 def test_entries_are_read_only(weighting):
     weight = weighting.loss_weights["easy"]
-    for assign in (weight.assign, weight.assign_add, weight.assign_sub):
-        with pytest.raises(RuntimeError, match=r"assigned to 'easy_weight'.*\n.*\.assign\({'easy'"):
-            assign(7.0)
+    with pytest.raises(RuntimeError, match=r"assigned to 'easy_weight'.*\n.*\.assign\({'easy'"):
+        weight.assign_add(7.0)
     assert repr(weight) == "<LossWeight easy_weight>"
     assert float(weight) == 3.0
 
 
 @one_backend
-def test_values_assigned_to_the_variable_are_replaced(weighting):
+def test_values_that_a_state_tree_assigned_are_replaced(weighting):
     model = dict_model()
     train(model, weighting, epochs=1)
     tree = model.get_state_tree("numpy_array")
@@ -216,10 +175,6 @@ def test_values_assigned_to_the_variable_are_replaced(weighting):
     history = fit(model, weighting, epochs=1)
     total = 6 * history["easy_loss"][0] + 0.5 * history["hard_loss"][0]
     np.testing.assert_allclose(history["loss"], total, rtol=1e-5)
-    # As in a loop under `jax.jit` that reads the variables too early.
-    weighting.variables[0].assign(np.array([7.0, np.nan]))
-    weighting.step({"easy": 1.0, "hard": 1.0})
-    np.testing.assert_array_equal(keras.ops.convert_to_numpy(weighting.variables[0]), [6.0, 0.5])
 
 
 @one_backend
@@ -228,26 +183,3 @@ def test_all_losses_may_be_off(weighting):
     history = train(dict_model(), weighting, epochs=1)
     assert history["loss"] == [0.0]
     assert history["base_loss"][0] > 0
-
-
-@one_backend
-def test_weights_loaded_within_an_epoch_count_from_their_batch(weighting, tmp_path):
-    model, file = dict_model(), tmp_path / "file.weights.h5"
-    weighting.assign({"easy": 2.0})
-    train(model, weighting, epochs=1)
-    model.save_weights(file)
-    weighting.assign({"easy": 1.0})
-    load = Lambda(
-        on_train_batch_begin=lambda batch, logs: batch == 3 and load.model.load_weights(file)
-    )
-    history = fit(model, weighting, load, epochs=1)
-    np.testing.assert_allclose(history["easy_weight"], [(3 * 3.0 + 2 * 6.0) / 5], rtol=1e-6)
-
-
-@one_backend
-def test_model_has_one_more_array_than_with_static_weights(weighting):
-    moving = compiled(dict_model(), weighting)
-    static = compiled(dict_model(), weighting, loss_weights=BASE)
-    weighting.set_model(moving)
-    arrays = [len(model.metrics_variables) + len(model.variables) for model in (static, moving)]
-    assert arrays[1] == arrays[0] + 1

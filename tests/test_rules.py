@@ -6,7 +6,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from common import NAMES, X, Y, compiled, dict_model, fit, one_backend, train
+from common import NAMES, Y, compiled, dict_model, fit, move, one_backend, train
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage, LossWeighting
 
@@ -62,26 +62,6 @@ def test_loss_of_a_single_output_is_weighted_logged_and_given_to_the_rule(loss, 
 
 
 @one_backend
-def test_hooks_may_be_called_by_a_loop():
-    rule = Count({"easy": 1.0, "hard": 3.0})
-    model = compiled(dict_model(), rule)
-    rule.set_model(model)
-    rule.on_train_begin()
-    for epoch, easy_weight in enumerate([1.0, 1.0, 0.5]):
-        rule.on_epoch_begin(epoch)
-        logs = model.train_on_batch(X, Y, return_dict=True)
-        rule.on_train_batch_end(0)
-        logs.update(val_loss=easy_weight * 2.0 + 3 * 5.0, val_easy_loss=2.0, val_hard_loss=5.0)
-        rule.on_epoch_end(epoch, logs)
-        assert (logs["easy_weight"], logs["val_base_loss"]) == (easy_weight, 17.0)
-        model.reset_metrics()
-    rule.on_epoch_begin(3)
-    rule.on_train_batch_end(0)
-    with pytest.raises(ValueError, match="`logs` lacks"):
-        rule.on_epoch_end(3)
-
-
-@one_backend
 def test_hooks_without_the_begin_of_a_training_say_so():
     rule = Count(NAMES)
     rule.on_train_batch_begin(0)
@@ -106,13 +86,7 @@ def test_rule_without_an_override_moves_and_prints_nothing(capsys):
 @pytest.mark.parametrize(
     ("returned", "message"),
     [
-        ({"third": 1.0}, "`Nonsense.update` after epoch 2: found ['third']. The outputs are"),
-        (
-            {"easy": np.nan},
-            "after epoch 2: found nan for 'easy'. A factor must be a finite number >= 0",
-        ),
-        ({"hard": -1.0}, "found -1.0 for 'hard'"),
-        ({"hard": np.inf}, "found inf for 'hard'"),
+        ({"easy": np.nan}, "`Nonsense.update` after epoch 2: found nan for 'easy'. A factor must"),
         ([1.0, 1.0], "expected a dict of name to factor. Found [1.0, 1.0]."),
         (KeyError("mine"), "mine"),
     ],
@@ -142,7 +116,7 @@ def test_nonsense_is_an_error_that_names_the_rule_and_leaves_all_as_it_was(retur
 
 @one_backend
 @pytest.mark.parametrize(
-    ("key", "value"), [("what", None), ("what", np.array(["a"])), ("what", [1, [2.5]]), (3, 1.0)]
+    ("key", "value"), [("what", np.array(["a"])), ("what", [1, [2.5]]), (3, 1.0)]
 )
 def test_state_must_be_arrays_of_numbers_by_name(key, value):
     class Remember(LossWeighting):
@@ -161,12 +135,9 @@ def test_state_must_be_arrays_of_numbers_by_name(key, value):
 
 MEMORY = {
     "float64": np.array([0.1, np.nan, -0.0, 5e-324]),
-    "float32": np.float32([[0.1], [3e38]]),
-    "int64": np.array(2**62),
-    "bool": np.array([True, False]),
-    "none yet": np.empty((0, 2)),
+    "none yet": np.empty((0, 2), dtype="float32"),
     "complex/with a path": np.array(1 + 2j),
-    "": np.arange(3, dtype="uint8"),
+    "": np.array(2**62),
 }
 
 
@@ -176,25 +147,19 @@ class Remember(LossWeighting):
         return {"easy": 1 / 3, "hard": 0.0}
 
 
-class RememberMore(Remember):
-    """A rule that uses the state of its base class."""
-
-
 @one_backend
-@pytest.mark.parametrize("way", ["weights.h5", "keras", "pickle"])
+@pytest.mark.parametrize("way", ["file", "pickle"])
 def test_state_and_factors_are_restored_bit_for_bit(tmp_path, way):
     model, rule = dict_model(), Remember(NAMES)
     train(model, rule, epochs=1)
     if way == "pickle":
         resumed = pickle.loads(pickle.dumps(rule))
     else:
-        file = tmp_path / f"file.{way}"
-        model.save_weights(file) if way == "weights.h5" else model.save(file)
-        # The same outputs in another order.
-        resumed = RememberMore(NAMES[::-1])
-        other = compiled(dict_model(), resumed)
-        resumed.set_model(other)
-        other.load_weights(file)
+        model.save_weights(tmp_path / "file.weights.h5")
+        # The same outputs in another order, and a rule that uses the state of its base class.
+        resumed = type("RememberMore", (Remember,), {})(NAMES[::-1])
+        resumed.set_model(other := compiled(dict_model(), resumed))
+        other.load_weights(tmp_path / "file.weights.h5")
     assert resumed.factors == rule.factors == {"easy": 1 / 3, "hard": 0.0}
     assert list(resumed.state) == list(MEMORY)
     for name, value in MEMORY.items():
@@ -220,9 +185,6 @@ def test_rule_continues_with_another_ones_factors_but_not_its_state(dwa, tmp_pat
 def test_rule_is_shown_by_its_name_outputs_and_current_weights():
     assert repr(Count({"easy": 2.0})) == "Count({'easy': 2.0}, weights={'easy': 2.0})"
     dwa = DynamicWeightAverage(NAMES)
-    dwa.step({"easy": 1.0, "hard": 1.0})
-    dwa.step({"easy": 0.5, "hard": 0.9})
-    assert repr(dwa) == (
-        "DynamicWeightAverage(['easy', 'hard'], temperature=2.0, "
-        "weights={'easy': 0.9003, 'hard': 1.1})"
-    )
+    move(dwa)
+    shown = "(['easy', 'hard'], temperature=2.0, weights={'easy': 0.9376, 'hard': 1.062})"
+    assert repr(dwa) == f"DynamicWeightAverage{shown}"
