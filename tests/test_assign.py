@@ -109,6 +109,13 @@ def test_factors_assigned_in_a_loop_reach_the_gradient(weighting, compiled):
 
 
 @one_backend
+def test_assignment_within_an_epoch_leaves_what_was_recorded(weighting):
+    CompoundLoss(NAMES, weighting).combine({"easy": 4.0, "hard": 1.0})
+    weighting.assign({"easy": 9.0})
+    assert weighting._weights.recorded().tolist() == [4.0, 1.0, 1.0]
+
+
+@one_backend
 def test_factors_are_kept_as_given_and_may_be_tensors(weighting):
     weighting.assign({"easy": 0.1, "hard": keras.ops.convert_to_tensor(0.5)})
     assert weighting.factors == {"easy": 0.1, "hard": 0.5}

@@ -196,15 +196,6 @@ def test_evaluation_beside_the_batches_leaves_windows_and_logs_alone(hook, is_fi
         np.testing.assert_allclose(window.losses["easy"], other.losses["easy"], rtol=1e-5)
 
 
-@one_backend
-def test_schedule_that_begins_with_all_losses_off_is_no_alarm():
-    schedule = LossWeightScheduler(
-        list(LOSSES), lambda period, factors: dict.fromkeys(factors, period / 10), update_freq=1
-    )
-    history = train(dict_model(), schedule, epochs=1)
-    np.testing.assert_allclose(history["easy_weight"], [0.2], rtol=1e-6)
-
-
 class Beside(keras.callbacks.Callback):
     """Keras calls its `on_train_batch_end` in parallel with the next steps."""
 
@@ -244,13 +235,13 @@ def test_hooks_return_at_once_after_the_first_batches():
         dwa, profile = DynamicWeightAverage(list(LOSSES)), cProfile.Profile()
         model = compiled(dict_model(), dwa)
         fit(model, dwa, epochs=1)
-        arguments = {"epochs": 1, "batch_size": 1, "steps_per_epoch": batches}
-        profile.runcall(fit, model, dwa, **arguments)
-        # An eager step itself reads and logs more.
+        profile.runcall(fit, model, dwa, epochs=1, batch_size=1, steps_per_epoch=batches)
+        # Without the hooks themselves, and what an eager step reads and logs.
+        others = ("on_train_batch_begin", "on_train_batch_end", "end_batch", "value", "result")
         return sum(
             entry.callcount
             for entry in profile.getstats()
-            if "keras_dwa" in str(entry.code) and entry.code.co_name not in ("value", "result")
+            if "keras_dwa" in str(entry.code) and entry.code.co_name not in others
         )
 
-    assert calls(30) - calls(20) <= 3 * 10
+    assert calls(30) == calls(20)

@@ -149,6 +149,14 @@ def test_window_continues_in_the_next_fit_and_starts_its_epoch_again_after_an_ex
     assert [window.batches for window in dwa.windows] == [4] * 4
 
 
+@one_backend
+def test_weights_that_do_not_reach_the_loss_are_found_in_windows_too(monkeypatch):
+    schedule = LossWeightScheduler(NAMES, lambda period: {"hard": 1 + period % 2}, 1)
+    monkeypatch.setattr(type(schedule.loss_weights["hard"]), "value", 1.0)
+    with pytest.raises(ValueError, match=r"do not reach the loss.*'hard': 1\.4"):
+        fit(make("compile", schedule), schedule)
+
+
 @deep_elsewhere
 def test_single_output_that_is_off_in_a_window_has_no_loss_there():
     """Keras logs only its weighted loss."""
