@@ -4,16 +4,12 @@ import itertools
 import re
 
 import keras
-import numpy as np
 import pytest
 from common import (
     BACKEND,
-    LOSSES,
     NAMES,
     ComputeLoss,
     Lambda,
-    X,
-    Y,
     check_base_loss,
     compiled,
     dict_model,
@@ -21,10 +17,9 @@ from common import (
     one_backend,
     train,
 )
-from loops import train_loop
 from run_to_kill import Stop
 
-from keras_dwa import CompoundLoss, LossWeightScheduler
+from keras_dwa import LossWeightScheduler
 
 BASE = {"easy": 1.0, "hard": 4.0}
 
@@ -67,20 +62,13 @@ def test_factors_of_a_compound_loss_move_without_a_trace():
     assert by_epoch[1] == by_epoch[3] < 5
 
 
-def test_loop_has_the_factors_of_epoch_0_from_the_start_and_step_continues():
-    scheduler = LossWeightScheduler(BASE, ramp)
-    compound, optimizer = CompoundLoss(LOSSES, scheduler), keras.optimizers.SGD(0.05)
-    weights = train_loop(dict_model(), optimizer, compound, scheduler, X, Y, 3, 20)
-    np.testing.assert_array_equal(weights, [[1.0, 0.0], [1.0, 1.0], [1.0, 2.0]])
-    assert scheduler._weights.state.periods == 3
-
-
 @one_backend
 def test_step_continues_without_any_losses():
     scheduler = LossWeightScheduler(NAMES, ramp)
     assert scheduler.factors == {"easy": 1.0, "hard": 0.0}
     assert scheduler.step() == {"easy": 1.0, "hard": 0.25}
     assert scheduler.step({"easy": 1.0, "hard": 2.0}) == {"easy": 1.0, "hard": 0.5}
+    assert scheduler._weights.state.periods == 1
     scheduler.reset()
     assert scheduler.factors == {"easy": 1.0, "hard": 0.0}
     assert scheduler.step()["hard"] == 0.25
@@ -121,6 +109,15 @@ def test_factors_that_a_schedule_leaves_out_may_be_assigned():
     assert (history["easy_weight"], history["hard_weight"]) == ([5.0, 5.0], [0.0, 0.25])
     scheduler.assign({"easy": 6.0})
     assert scheduler.step() == {"easy": 6.0, "hard": 0.5}
+
+
+@one_backend
+def test_schedule_that_loaded_the_state_of_another_rule_may_be_assigned(dwa):
+    scheduler, file = LossWeightScheduler(NAMES, ramp), {}
+    dwa._weights.save_own_variables(file)
+    scheduler._weights.load_own_variables(file)
+    scheduler.assign({"easy": 3.0})
+    assert scheduler.step() == {"easy": 3.0, "hard": 0.25}
 
 
 @one_backend
