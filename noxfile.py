@@ -61,7 +61,7 @@ IN_PROCESSES = [
     f"tests/test_{name}.py" for name in ("examples", "benchmarks", "distribution", "killed")
 ]
 TEST_TOOLS = ["pytest", "pytest-xdist", "hypothesis", "mpmath", "sybil", "scikit-learn"]
-TEST_TOOLS += ["matplotlib", "cloudpickle", "coverage"]
+TEST_TOOLS += ["matplotlib", "coverage"]
 TRACED = ("coverage", "run", "-m", "pytest")
 THIRD_PARTY = [
     "keras-rs==0.4.0",
