@@ -55,10 +55,7 @@ def test_call_and_combine_give_the_weighted_sum(dwa, compound):
     np.testing.assert_allclose(float(compound.combine(terms)), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_stateless_loss_has_no_gradient_by_weights_or_record_and_records_nothing(
-    dwa, compound, compiled
-):
+def test_stateless_loss_has_no_gradient_by_weights_or_record_and_records_nothing(dwa, compound):
     variables = [keras.ops.convert_to_tensor(variable) for variable in dwa.variables]
     targets = {name: keras.ops.convert_to_tensor(Y[name]) for name in Y}
 
@@ -69,7 +66,7 @@ def test_stateless_loss_has_no_gradient_by_weights_or_record_and_records_nothing
         combined, new = compound.stateless_combine(new, {"easy": point, "hard": 2 * point})
         return called + combined + keras.ops.sum(new[-1])
 
-    value, gradient = value_and_gradient(losses_and_record, np.float32(1.0), compiled)
+    value, gradient = value_and_gradient(losses_and_record, np.float32(1.0), compiled=True)
     recorded = 2 * ((1 + 1 + 1) * len(X) + 1 + 2 + 1)
     np.testing.assert_allclose(value, 1.5 + 2 + recorded, rtol=1e-6)
     np.testing.assert_allclose(gradient, (1 * 2 + 0.5 * 1) + (1 * 1 + 0.5 * 2), rtol=1e-6)
@@ -87,9 +84,6 @@ def test_sample_weights_by_name_or_for_all(compound, by_name):
 
 
 def test_masks_and_ranks_are_as_in_compile(dwa):
-    def own_mse(y_true, y_pred):
-        return keras.ops.mean(keras.ops.square(y_true - y_pred), axis=-1)
-
     tokens = np.arange(len(X) * 5).reshape(-1, 5) % 7  # 0 is masked.
     inputs = keras.Input((5,), dtype="int32")
     embedded = keras.layers.Embedding(7, 3, mask_zero=True)(inputs)
@@ -97,7 +91,7 @@ def test_masks_and_ranks_are_as_in_compile(dwa):
     outputs = {"easy": keras.layers.Dense(2)(embedded), "hard": keras.layers.Dense(1)(scaled)}
     model = keras.Model(inputs, outputs)
     targets = {"easy": np.sin([tokens] * 2).transpose(1, 2, 0), "hard": Y["easy"][:, 0]}
-    losses = {"easy": keras.losses.Huber(), "hard": own_mse}
+    losses = {"easy": keras.losses.Huber(), "hard": keras.losses.mean_absolute_error}
     model.compile("sgd", losses, loss_weights=dwa.loss_weights)
     expected = model.evaluate(tokens, targets, batch_size=len(X), verbose=0)[0]
     loss = CompoundLoss(losses, dwa)(targets, model(tokens))
@@ -138,23 +132,13 @@ def test_calls_of_all_compound_losses_are_averaged_over_samples(dwa):
     np.testing.assert_allclose(weights, [3, 0.5] * dwa_weights([1, 1], averages, 0.2), rtol=1e-5)
 
 
+@one_backend
 def test_step_does_nothing_where_nothing_was_recorded_since_a_step_or_reset(dwa, compound):
     before = move(dwa)
     assert dwa.step() == before
     compound.combine({"easy": 0.5, "hard": 100.0})
     dwa.reset()
     assert dwa.step() == {"easy": 3.0, "hard": 0.5}
-    assert dwa._weights.state.periods == 0
-
-
-def test_nan_term_holds_the_weights_for_the_epoch(dwa, compound):
-    before = move(dwa)
-    compound.combine({"easy": 0.5, "hard": float("nan")})
-    compound.combine({"easy": 0.5, "hard": 1.0})
-    with pytest.warns(UserWarning, match=r"'hard' \(nan\) is not finite"):
-        assert dwa.step() == before
-    compound.combine({"easy": 0.5, "hard": 1.5})
-    assert dwa.step() == pytest.approx({"easy": 3.0, "hard": 0.5}, rel=1e-5)
 
 
 @one_backend
@@ -173,8 +157,6 @@ def test_recording_under_jax_jit_is_an_error_that_names_stateless_call(dwa, comp
     jax.jit(lambda y_pred: compound(Y, y_pred))(Y)
     with pytest.raises(ValueError, match="stateless_call"):
         dwa.step()
-    dwa.reset()
-    assert dwa.step() == {"easy": 3.0, "hard": 0.5}
 
 
 @one_backend
@@ -198,15 +180,16 @@ def test_model_built_evaluated_and_fitted_without_the_callback_first(dwa):
 
 
 def test_train_on_batch_with_a_compound_loss(dwa):
-    model, weights = compiled(ComputeLoss(dwa), dwa), dwa.base_weights
+    model = compiled(ComputeLoss(dwa), dwa)
     dwa.set_model(model)
-    for _ in range(4):
+    for factor in (1.0, 0.5):
+        dwa.assign({"easy": factor})
         model.reset_metrics()  # Keras 3.10 does not do so itself.
         logs = model.train_on_batch(X, Y, return_dict=True)
-        weighted = weights["easy"] * logs["easy_loss"] + weights["hard"] * logs["hard_loss"]
+        weighted = 3 * factor * logs["easy_loss"] + 0.5 * logs["hard_loss"]
         assert logs["loss"] == pytest.approx(weighted, rel=1e-5)
-        weights = dwa.step()
-    assert abs(weights["easy"] / 3 - 1) > 1e-3
+    dwa.step()
+    np.testing.assert_allclose(dwa.state["losses"][-1][0], logs["easy_loss"], rtol=1e-5)
 
 
 def test_compile_compute_loss_and_custom_loops_give_the_same_weights(dwa):
@@ -233,16 +216,12 @@ def test_compile_compute_loss_and_custom_loops_give_the_same_weights(dwa):
         np.testing.assert_allclose(weights, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("is_attribute", [True, False])
-def test_losses_declared_once_serve_compile_and_calls_before(dwa, compound, is_attribute):
+def test_losses_declared_once_serve_compile_and_calls_before(dwa, compound):
     model = dict_model()
-    if is_attribute:
-        model.compound = compound
+    model.compound = compound
     compiled(model, dwa, loss=compound.losses)
     compound(Y, Y)
-    logs = model.evaluate(X, Y, batch_size=len(X), verbose=0, return_dict=True)
-    weighted = 3 * logs["easy_loss"] + 0.5 * logs["hard_loss"]
-    assert logs["loss"] == pytest.approx(weighted, rel=1e-5)
+    model.evaluate(X, Y, verbose=0)
     compound(Y, Y)
     check_run(fit(model, dwa, validation_split=0.2), dwa)
 
@@ -264,23 +243,19 @@ def combine(values):
     [
         (new({"easy": 0}), "have the names of `weighting`, ['easy', 'hard']. Found {'easy': 0}."),
         (new(["easy", "heavy"]), "Found ['easy', 'heavy']"),
-        (new(["easy", "hard", "easy"]), "Found ['easy', 'hard', 'easy']"),
         (new("easy"), "Found 'easy'"),
         (new({"easy": "mse", "hard": None}), "needs a loss for every name"),
         (lambda _: CompoundLoss(LOSSES, NAMES), "`weighting` must be a LossWeighting. Found ["),
         (lambda compound: compound(Y, [X]), "or two tensors. Found a list for `y_pred`"),
         (lambda compound: compound(Y, {"easy": 0}), "`y_pred` must have the outputs ['easy', 'ha"),
-        (lambda compound: compound({"easy": 0}, Y), "Found ['easy']"),
         (lambda compound: compound(Y, Y, {"more": 1.0}), "names ['easy', 'hard']. Found ['more']"),
         (lambda compound: compound.stateless_call([1], Y, Y), "`weighting.variables`, 2 of them. "),
         (lambda compound: new(NAMES)(compound)(Y, Y), "can only `combine`. Found CompoundLoss(['e"),
         (lambda compound: new(NAMES)(compound).losses, "names but no losses can only `combine`"),
         (combine({"easy": 1.0}), "one term for each of ['easy', 'hard']. Found ['easy']"),
-        (combine({**ONES, "more": 1.0}), "Found ['easy', 'hard', 'more']"),
         (combine(3.0), "Found 3.0"),
         (combine({"easy": 1.0, "hard": np.ones(3)}), "scalar. Found the shape (3,) for 'hard'"),
         (combine(np.ones(3)), "(2,), for ['easy', 'hard']. Found the shape (3,)."),
-        (combine(np.ones((2, 1))), "Found the shape (2, 1)"),
     ],
 )
 def test_misuse_says_what_was_found_and_records_nothing(dwa, compound, use, message):
