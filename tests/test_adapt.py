@@ -99,6 +99,16 @@ def test_evaluation_moves_nothing_else_even_if_it_fails():
 
 
 @one_backend
+def test_adapting_within_an_epoch_loses_no_batch_of_a_window():
+    dwa = DynamicWeightAverage(NAMES, update_freq=2)
+    model = compiled(dict_model(), dwa, 0.001)
+    adapt = Lambda(on_train_batch_begin=lambda batch, logs: batch == 3 and dwa.adapt(model, X, FAR))
+    history = fit(model, dwa, adapt, y=FAR, epochs=1)
+    assert [window.batches for window in dwa.windows] == [2, 2]
+    check_base_loss(history, dwa.base_weights)
+
+
+@one_backend
 def test_adapting_again_replaces_the_scale_and_a_reset_or_another_model_keeps_it():
     dwa = DynamicWeightAverage({"easy": 2.0, "hard": 1.0})
     dwa.adapt({"easy": 7.0, "hard": 0.1})
@@ -167,6 +177,13 @@ def test_bad_arguments_are_named_and_change_nothing(arguments, message):
     with pytest.raises(ValueError, match=message):
         dwa.adapt(*arguments)
     assert dwa.base_weights == pytest.approx({"easy": 1.5, "hard": 0.5})
+
+
+@one_backend
+def test_a_model_without_the_weights_is_refused_as_in_fit():
+    model = compiled(dict_model(), dwa := DynamicWeightAverage(NAMES), loss_weights=None)
+    with pytest.raises(ValueError, match="was not compiled with this callback's loss weights"):
+        dwa.adapt(model, X, Y)
 
 
 @one_backend
