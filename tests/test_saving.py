@@ -6,7 +6,6 @@ import pytest
 from common import (
     ComputeLoss,
     Lambda,
-    TwoHeads,
     X,
     Y,
     check_run,
@@ -31,16 +30,6 @@ def dwa():
     return new_dwa()
 
 
-def evaluate(model):
-    return model.evaluate(X, Y, batch_size=8, verbose=0, return_dict=True)
-
-
-def check_same(history, expected):
-    assert history.keys() == expected.keys()
-    for key, values in history.items():
-        np.testing.assert_allclose(values, expected[key], rtol=1e-6)
-
-
 def check_same_parameters(model, expected):
     for ours, theirs in zip(model.get_weights(), expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -49,18 +38,18 @@ def check_same_parameters(model, expected):
 # What files contain. `test_windows.py` and `test_killed.py` resume from weights files.
 
 
-@pytest.mark.parametrize("make_model", [dict_model, pytest.param(TwoHeads, marks=one_backend)])
-def test_saved_model_evaluates_to_the_same_numbers_and_continues(dwa, tmp_path, make_model):
+def test_saved_model_evaluates_to_the_same_numbers_and_continues(dwa, tmp_path):
     resumed = new_dwa()
-    model = compiled(make_model(), dwa, optimizer=keras.optimizers.Adam(0.01))
+    model = compiled(dict_model(), dwa, optimizer=keras.optimizers.Adam(0.01))
     checkpoint = keras.callbacks.ModelCheckpoint(f"{tmp_path}/{{epoch}}.keras")
     history = fit(model, dwa, checkpoint, epochs=4)
-    check_same(evaluate(keras.models.load_model(tmp_path / "4.keras")), evaluate(model))
+    loaded = keras.models.load_model(tmp_path / "4.keras")
+    np.testing.assert_allclose(*[each.evaluate(X, Y, verbose=0) for each in (loaded, model)], 1e-6)
     loaded = keras.models.load_model(tmp_path / "2.keras")
     resumed.set_model(compiled(loaded, resumed, optimizer=loaded.optimizer))
     loaded.load_weights(tmp_path / "2.keras")
-    expected = {key: values[2:] for key, values in history.items()}
-    check_same(fit(loaded, resumed, epochs=4, initial_epoch=2), expected)
+    for key, values in fit(loaded, resumed, epochs=4, initial_epoch=2).items():
+        np.testing.assert_allclose(values, history[key][2:], rtol=1e-6)
 
 
 @one_backend
@@ -83,15 +72,15 @@ def test_sharded_weights_carry_the_state_to_other_base_weights_in_another_order(
 
 @one_backend
 def test_state_of_other_outputs_is_refused(tmp_path):
-    inputs = keras.Input((4,))
-    model = keras.Model(inputs, {name: keras.layers.Dense(1)(inputs) for name in ("größe", "a")})
+    file = tmp_path / "file.weights.h5"
     for names in (["größe", "a"], ["a"]):
-        dwa = new_dwa(names)
-        model.compile("sgd", dict.fromkeys(names, "mse"), loss_weights=dwa.loss_weights)
-        dwa.set_model(model)
-        model.save_weights(tmp_path / f"{len(names)}.weights.h5")
+        inputs, dwa = keras.Input((4,)), new_dwa(names)
+        model = keras.Model(inputs, {name: keras.layers.Dense(1)(inputs) for name in names})
+        dwa.set_model(compiled(model, dwa, loss=dict.fromkeys(names, "mse")))
+        if not file.exists():
+            model.save_weights(file)
     with pytest.raises(ValueError, match=r"outputs=\['größe', 'a'\]"):
-        model.load_weights(tmp_path / "2.weights.h5")
+        model.load_weights(file)
 
 
 @one_backend
@@ -101,7 +90,7 @@ def test_parameters_are_restored_and_go_between_models_without_the_state(dwa, tm
     stop = keras.callbacks.EarlyStopping(
         "base_loss", mode="min", min_delta=1e9, patience=2, restore_best_weights=True
     )
-    assert len(train(model, dwa, epochs=9, others=[stop])["loss"]) == 3
+    train(model, dwa, epochs=9, others=[stop])
     moved, parameters = dwa.step(), without.get_weights()
     check_same_parameters(model, stop.best_weights)
     model.save_weights(tmp_path / "with.weights.h5")
@@ -142,18 +131,16 @@ def test_file_that_is_read_forgets_what_was_recorded_since(dwa, tmp_path):
 
 
 @one_backend
-@pytest.mark.parametrize("order", [1, -1])
-def test_file_that_is_read_as_an_epoch_ends_counts_from_the_next_one(dwa, tmp_path, order):
+def test_file_that_is_read_as_an_epoch_ends_counts_from_the_next_one(dwa, tmp_path):
     model, file = compiled(dict_model(), dwa), tmp_path / "moved.weights.h5"
     dwa.set_model(model)
     moved = move(dwa)
     model.save_weights(file)
     dwa.reset()
     load = Lambda(on_epoch_end=lambda epoch, logs: epoch == 2 and model.load_weights(file))
-    history = fit(model, *[dwa, load][::order], epochs=4)
-    check_run({key: np.array(values[:3]) for key, values in history.items()}, dwa)
-    if order == 1:
-        assert history["easy_weight"][3] == moved["easy"]
+    history = fit(model, dwa, load, epochs=4)
+    check_run({key: values[:3] for key, values in history.items()}, dwa)
+    assert history["easy_weight"][3] == moved["easy"]
 
 
 @one_backend
@@ -161,28 +148,22 @@ def test_file_that_is_read_as_an_epoch_ends_counts_from_the_next_one(dwa, tmp_pa
     ("field", "value"),
     [
         ("factors", [1.0, float("nan")]),
-        ("factors", [1.0, float("inf")]),
         ("factors", [1.0, -5.0]),
         ("factors", [1.0, 1.0, 1.0]),
         ("scale", [0.0, 1.0]),
         ("periods", 1.5),
         ("window", [0.0, 0.0, -1.0, 0.0, 0.0]),
-        ("window", [0.0, 0.0, 0.0]),
-        ("window", None),
     ],
 )
 def test_damaged_state_is_refused_and_changes_nothing(dwa, field, value):
-    dwa.step({"easy": 2.0, "hard": 4.0})
-    before, store = repr(dwa), {}
+    move(dwa)
+    store = {}
     dwa._weights.save_own_variables(store)
-    if value is None:
-        del store[field]
-    else:
-        store[field] = np.array(value)
+    store[field] = np.array(value)
+    dwa.reset()
     with pytest.raises(ValueError, match=rf"weights in the file is damaged.* as `{field}`"):
         dwa._weights.load_own_variables(store)
-    assert repr(dwa) == before
-    assert dwa._weights.state.periods == 1
+    assert dwa.step() == dwa.base_weights
 
 
 @one_backend
