@@ -9,6 +9,7 @@ from common import (
     BACKEND,
     NAMES,
     Lambda,
+    TwoHeads,
     X,
     Y,
     check_base_loss,
@@ -32,15 +33,15 @@ if BACKEND == "torch":
 FAR = {"easy": 10 * Y["easy"], "hard": Y["hard"]}
 
 
-class Noise(keras.layers.Layer):
+class Noisy(TwoHeads):
     """Also draws random numbers in an evaluation."""
 
     def __init__(self):
         super().__init__()
         self.seed = keras.random.SeedGenerator(0)
 
-    def call(self, inputs):
-        return inputs + 0.01 * keras.random.normal(keras.ops.shape(inputs), seed=self.seed)
+    def call(self, x):
+        return super().call(x + 0.01 * keras.random.normal(keras.ops.shape(x), seed=self.seed))
 
 
 def shares(logs, weighting):
@@ -60,17 +61,9 @@ def test_each_loss_starts_with_its_share_and_the_weights_reach_the_step():
     check_run(fit(model, dwa, y=FAR, epochs=4, validation_data=(X, FAR)), dwa)
 
 
-def noisy_model():
-    inputs = keras.Input((4,))
-    features = keras.layers.BatchNormalization()(keras.layers.Dense(6)(Noise()(inputs)))
-    features = keras.layers.Dropout(0.2)(features)
-    easy = keras.layers.Dense(1, name="easy")(features)
-    return keras.Model(inputs, {"easy": easy, "hard": keras.layers.Dense(2, name="hard")(features)})
-
-
 def test_evaluation_moves_nothing_else_even_if_it_fails():
     dwa = DynamicWeightAverage(NAMES, temperature=0.2)
-    model = compiled(noisy_model(), dwa, metrics={"easy": ["mae"]})
+    model = compiled(Noisy(), dwa, metrics={"easy": ["mae"]})
     fit(model, dwa, epochs=1)
 
     def values():

@@ -10,13 +10,13 @@ from common import (
     BACKEND,
     LOSSES,
     NAMES,
+    ComputeLoss,
     Lambda,
     X,
     Y,
     check_base_loss,
     compiled,
     dict_model,
-    heads,
     one_backend,
     train,
 )
@@ -103,11 +103,6 @@ def test_own_loop_may_give_the_logs_of_its_last_batch_as_those_of_the_epoch():
     assert logs["hard_weight"] == 1.0
 
 
-class OwnStep(keras.Model):
-    def compute_loss(self, *args, **kwargs):
-        return super().compute_loss(*args, **kwargs)
-
-
 @one_backend  # Only TensorFlow uses all of this: see `test_counts.py`.
 def test_rest_of_a_total_is_known_where_neither_layers_nor_steps_add_to_it():
     def rest(model, weight=0.5):
@@ -118,7 +113,7 @@ def test_rest_of_a_total_is_known_where_neither_layers_nor_steps_add_to_it():
     assert rest(dict_model()) == 2.0
     kernel = regularized.get_weights()[0]
     assert rest(regularized) == pytest.approx(2.0 + 0.01 * np.square(kernel).sum())
-    assert rest(OwnStep(*heads())) is None
+    assert rest(ComputeLoss(LossWeighting(NAMES))) is None
     adds = dict_model(activity_regularizer="l2")
     adds(X)
     assert rest(adds) is None

@@ -36,12 +36,12 @@ def samples(x):
 class VAE(keras.Model):
     """Combines its terms in `compute_loss`, and may also average them in its own trackers."""
 
-    def __init__(self, weighting, tracked=(), recorded_by=one, tracked_by=one):
+    def __init__(self, weighting, tracked=(), counted_by=one):
         super().__init__()
         self.encoder, self.decoder = keras.layers.Dense(2), keras.layers.Dense(4)
         self.compound = CompoundLoss(NAMES, weighting)
         self.trackers = {name: keras.metrics.Mean(name=f"{name}_loss") for name in tracked}
-        self.recorded_by, self.tracked_by = recorded_by, tracked_by
+        self.counted_by = counted_by
 
     def call(self, x):
         code = self.encoder(x)
@@ -53,7 +53,7 @@ class VAE(keras.Model):
             "kl": ops.mean(ops.sum(ops.square(y_pred["code"]), axis=-1)) / 2,
         }
         for name, tracker in self.trackers.items():
-            tracker.update_state(self.shown(terms)[name], self.tracked_by(x))
+            tracker.update_state(self.shown(terms)[name], self.counted_by(x))
         return self.total(x, y_pred, terms, training)
 
     def shown(self, terms):
@@ -61,7 +61,7 @@ class VAE(keras.Model):
         return terms
 
     def total(self, x, y_pred, terms, training):
-        return self.compound.combine(terms, self.recorded_by(x))
+        return self.compound.combine(terms, self.counted_by(x))
 
 
 def descend(model, trained, compute_loss, optimizer):
@@ -143,7 +143,7 @@ class Example(OwnStep):
         return [self.total_loss_tracker, *self.trackers.values()] if hides else super().metrics
 
     def log(self, x, loss):
-        self.total_loss_tracker.update_state(loss, self.tracked_by(x))
+        self.total_loss_tracker.update_state(loss, self.counted_by(x))
         logs = {f"{name}_loss": tracker.result() for name, tracker in self.trackers.items()}
         return {"loss": self.total_loss_tracker.result(), **logs}
 
@@ -164,8 +164,7 @@ def test_step_of_kerass_guides(dwa, mode):
 
 @pytest.mark.parametrize("counted_by", [samples, one])
 def test_step_of_kerass_example_only_combines_its_terms(dwa, counted_by):
-    model = Example(dwa, recorded_by=counted_by, tracked_by=counted_by)
-    history = fit(model, dwa, batch_size=32)  # 32 and 8.
+    history = fit(Example(dwa, counted_by=counted_by), dwa, batch_size=32)  # 32 and 8.
     check_run(history, dwa)
     assert set(history) == KEYS
 
@@ -263,45 +262,6 @@ def test_losses_that_are_weighted_twice_are_refused():
     message = r"`compile` already weighted: \['easy', 'hard'\]\.(?s:.*)Add the"
     with pytest.raises(ValueError, match=message):
         fit_with_size(dwa, LossWeighting(["outputs", "size"]))
-
-
-class GAN(keras.Model):
-    """Two losses of two terms each, with separate variables, optimizers and weightings."""
-
-    def __init__(self, generator_weighting, discriminator_weighting):
-        super().__init__()
-        self.generator, self.discriminator = keras.layers.Dense(4), keras.layers.Dense(1)
-        self.discriminator_optimizer = keras.optimizers.SGD(0.02)
-        self.of_generator = CompoundLoss(["fool", "identity"], generator_weighting)
-        self.of_discriminator = CompoundLoss(["real", "fake"], discriminator_weighting)
-
-    def call(self, x):
-        return self.discriminator(self.generator(x))
-
-    def train_step(self, x):
-        def generator_loss():
-            made = self.generator(x)
-            fool = ops.mean(ops.softplus(-self.discriminator(made)))
-            identity = ops.mean(ops.abs(made - x))
-            return self.of_generator.combine({"fool": fool, "identity": identity})
-
-        def discriminator_loss():
-            real = ops.mean(ops.softplus(-self.discriminator(x)))
-            fake = ops.mean(ops.softplus(self(x)))
-            return self.of_discriminator.combine({"real": real, "fake": fake})
-
-        variables = self.generator.trainable_weights
-        descend(self, variables, generator_loss, self.optimizer)
-        variables = self.discriminator.trainable_weights
-        return {"of": descend(self, variables, discriminator_loss, self.discriminator_optimizer)}
-
-
-@pytest.mark.skipif(BACKEND == "jax", reason="a step on JAX has one `compute_loss`")
-def test_each_of_several_losses_has_a_weighting():
-    generator, discriminator = new(["fool", "identity"]), new(["real", "fake"])
-    history = fit(GAN(generator, discriminator), generator, discriminator)
-    check_run(history, generator)
-    check_run(history, discriminator)
 
 
 # Validation.
