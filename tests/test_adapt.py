@@ -15,7 +15,6 @@ from common import (
     check_base_loss,
     check_run,
     compiled,
-    deep_elsewhere,
     dict_model,
     fit,
     one_backend,
@@ -139,17 +138,6 @@ def test_compound_loss_and_own_trackers_adapt_to_losses_of_an_evaluation():
         history = fit(model, dwa, y=None, batch_size=8, epochs=1)
         check_base_loss(history, dwa.base_weights)
         assert history["loss"] == pytest.approx(history["base_loss"], rel=1e-5)
-
-
-@deep_elsewhere
-def test_takes_data_as_evaluate_does():
-    dwa = DynamicWeightAverage(NAMES)
-    model, ratios = compiled(dict_model(), dwa), []
-    for easy in (1.0, 0.5):
-        weights = {"easy": np.full(len(X), easy), "hard": np.ones(len(X))}
-        dwa.adapt(model, X, FAR, sample_weight=weights)
-        ratios.append(dwa.base_weights["easy"] / dwa.base_weights["hard"])
-    assert ratios[1] == pytest.approx(2 * ratios[0], rel=1e-5)
 
 
 @one_backend

@@ -45,16 +45,6 @@ def compound(dwa):
 # The value and its gradient. That of `combine` is in `test_assign.py`.
 
 
-def test_call_and_combine_give_the_weighted_sum(dwa, compound):
-    weights = move(dwa)
-    y_pred = {"easy": Y["easy"] + 2, "hard": Y["hard"] - 3, "features without a loss": X}
-    expected = weights["easy"] * 4 + weights["hard"] * 3
-    np.testing.assert_allclose(float(compound(Y, y_pred)), expected, rtol=1e-6)
-    terms = {"hard": 7.0, "easy": keras.ops.convert_to_tensor(-2.0)}
-    expected = weights["easy"] * -2 + weights["hard"] * 7
-    np.testing.assert_allclose(float(compound.combine(terms)), expected, rtol=1e-6)
-
-
 def test_stateless_loss_has_no_gradient_by_weights_or_record_and_records_nothing(dwa, compound):
     variables = [keras.ops.convert_to_tensor(variable) for variable in dwa.variables]
     targets = {name: keras.ops.convert_to_tensor(Y[name]) for name in Y}
@@ -63,7 +53,7 @@ def test_stateless_loss_has_no_gradient_by_weights_or_record_and_records_nothing
         weights = keras.ops.stack([point, point / 2])
         y_pred = {name: target + point for name, target in targets.items()}
         called, new = compound.stateless_call([weights, *variables[1:]], targets, y_pred)
-        combined, new = compound.stateless_combine(new, {"easy": point, "hard": 2 * point})
+        combined, new = compound.stateless_combine(new, {"hard": 2 * point, "easy": point})
         return called + combined + keras.ops.sum(new[-1])
 
     value, gradient = value_and_gradient(losses_and_record, np.float32(1.0), compiled=True)
@@ -76,7 +66,7 @@ def test_stateless_loss_has_no_gradient_by_weights_or_record_and_records_nothing
 @pytest.mark.parametrize("by_name", [True, False])
 def test_sample_weights_by_name_or_for_all(compound, by_name):
     halves = (np.arange(len(X)) % 2).astype("float32")
-    y_pred = {name: np.zeros_like(target) for name, target in Y.items()}
+    y_pred = {**{name: 0 * Y[name] for name in Y}, "features without a loss": X}
     easy = halves * (Y["easy"] ** 2).mean(axis=1)
     hard = np.abs(Y["hard"]).mean(axis=1) * (1 if by_name else halves)
     loss = float(compound(Y, y_pred, {"easy": halves} if by_name else halves))
@@ -262,12 +252,9 @@ def test_name_that_the_logs_would_have_twice_is_hinted_at():
 
 
 @one_backend
-@pytest.mark.parametrize(
-    "losses", [{"easy": keras.losses.mean_absolute_error, "hard": "mse"}, NAMES]
-)
-def test_copy_is_the_original_and_a_pickle_keeps_its_weighting(dwa, losses):
-    compound = CompoundLoss(losses, dwa)
+def test_copy_is_the_original_and_a_pickle_keeps_its_weighting(dwa):
+    compound = CompoundLoss({"easy": keras.losses.mean_absolute_error, "hard": "mse"}, dwa)
     assert copy.copy(compound) is copy.deepcopy(compound) is compound
     weighting, again = pickle.loads(pickle.dumps((dwa, compound)))
     assert again.weighting is weighting
-    assert repr(again) == repr(compound) == f"CompoundLoss({losses}, {dwa!r})"
+    assert repr(again) == repr(compound)

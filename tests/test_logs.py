@@ -13,8 +13,7 @@ from common import (
     ComputeLoss,
     Lambda,
     X,
-    Y,
-    check_base_loss,
+    check_run,
     compiled,
     dict_model,
     one_backend,
@@ -24,66 +23,37 @@ from common import (
 from keras_dwa import DynamicWeightAverage, LossWeighting, LossWeightScheduler, _logs
 from keras_dwa._compiled import known_rest
 
-BASE = {"easy": 3.0, "hard": 0.5}
 OURS = ["easy_weight", "hard_weight", "base_loss", "val_base_loss"]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A trained model, its history, the weights at the start of each epoch, a folder of logs."""
-    keras.utils.set_random_seed(0)
-    dwa, folder, seen = DynamicWeightAverage(BASE, 0.2), tmp_path_factory.mktemp("logs"), []
+def on_tensorboard(folder, key):
+    """What Keras's TensorBoard shows of a key of the logs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    events = EventAccumulator(f"{folder}/{'validation' if key.startswith('val_') else 'train'}")
+    events.Reload()
+    shown = events.Tensors(f"epoch_{key.removeprefix('val_')}")
+    return [make_ndarray(event.tensor_proto).item() for event in shown]
+
+
+def test_loggers_and_early_stopping_read_what_is_logged(dwa, tmp_path):
     others = [
-        Lambda(on_epoch_begin=lambda epoch, logs: seen.append(float(dwa.loss_weights["easy"]))),
-        keras.callbacks.CSVLogger(folder / "log.csv"),
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
         # Keras knows only of `val_loss` that less is better.
         keras.callbacks.EarlyStopping("val_base_loss", mode="min", min_delta=1e9, patience=3),
     ]
     if BACKEND == "tensorflow":
-        others.append(keras.callbacks.TensorBoard(folder, write_graph=False))
-    model = dict_model()
-    history = train(model, dwa, epochs=9, others=others, validation_split=0.2)
-    return model, history, seen, folder
-
-
-def test_logged_weight_is_the_one_that_the_epoch_had(run):
-    _, history, seen, _ = run
-    assert history["easy_weight"] == seen
-    assert len(set(seen)) == 3
-
-
-def test_base_loss_is_the_loss_under_the_base_weights(run):
-    model, history, *_ = run
-    check_base_loss(history, BASE)
-    model.compile("sgd", LOSSES, loss_weights=BASE)
-    validation = {name: target[32:] for name, target in Y.items()}
-    static = model.evaluate(X[32:], validation, verbose=0, return_dict=True)["loss"]
-    np.testing.assert_allclose(history["val_base_loss"][3], static, rtol=1e-5)
-    for prefix in ("", "val_"):
-        assert abs(history[f"{prefix}base_loss"][3] - history[f"{prefix}loss"][3]) > 1e-3
-
-
-def test_csv_logger_and_early_stopping_read_what_is_logged(run):
-    _, history, _, folder = run
-    with open(folder / "log.csv", newline="") as file:
+        others.append(keras.callbacks.TensorBoard(tmp_path, write_graph=False))
+    history = train(dict_model(), dwa, epochs=9, others=others, validation_split=0.2)
+    check_run(history, dwa)
+    with open(tmp_path / "log.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 4
-    assert {key: [float(row[key]) for row in rows] for key in OURS} == {k: history[k] for k in OURS}
-
-
-@pytest.mark.skipif(BACKEND != "tensorflow", reason="Keras's TensorBoard writes with TensorFlow")
-def test_tensorboard_shows_the_weights(run):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    from tensorboard.util.tensor_util import make_ndarray
-
-    _, history, _, folder = run
-    for key in ("easy_weight", "base_loss", "val_base_loss"):
-        part = "validation" if key.startswith("val_") else "train"
-        events = EventAccumulator(str(folder / part))
-        events.Reload()
-        shown = events.Tensors(f"epoch_{key.removeprefix('val_')}")
-        values = [make_ndarray(event.tensor_proto).item() for event in shown]
-        np.testing.assert_allclose(values, history[key], rtol=1e-6)
+    for key in OURS:
+        assert [float(row[key]) for row in rows] == history[key]
+        if BACKEND == "tensorflow":
+            np.testing.assert_allclose(on_tensorboard(tmp_path, key), history[key], rtol=1e-6)
 
 
 @one_backend
