@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from common import (
+    NAMES,
     Lambda,
     X,
     Y,
@@ -17,7 +18,7 @@ from common import (
 )
 from run_to_kill import Stop
 
-from keras_dwa import DynamicWeightAverage
+from keras_dwa import CompoundLoss, DynamicWeightAverage
 
 
 def new_dwa(outputs=None):
@@ -60,6 +61,7 @@ def test_sharded_weights_carry_the_state_to_other_base_weights_in_another_order(
     assert len(list(tmp_path.iterdir())) > 2
     model = compiled(dict_model(), other)
     other.set_model(model)
+    CompoundLoss(NAMES, other).combine({"easy": 1.0, "hard": 9.0})  # To be forgotten.
     model.load_weights(tmp_path / "state.weights.json")
     losses = {"easy": 0.9, "hard": 2.0}
     for weights, moved in ((other.step(), dwa.step()), (other.step(losses), dwa.step(losses))):

@@ -100,7 +100,8 @@ def test_warnings_name_the_line_that_they_are_about(dwa):
 @one_backend
 def test_copy_is_the_original_and_a_pickled_callback_continues_without_it():
     dwa = DynamicWeightAverage({"easy": 3.0, "hard": 0.5}, temperature=0.2, verbose=1)
-    train(dict_model(), dwa)
+    within = Lambda(on_train_batch_end=lambda batch, logs: pickle.dumps(dwa))
+    train(dict_model(), dwa, others=[within])
     moved = dwa.step()
     assert copy.copy(dwa) is copy.deepcopy([dwa])[0] is dwa
     weights = dwa.loss_weights
