@@ -142,13 +142,17 @@ def test_file_that_is_read_as_an_epoch_ends_counts_from_the_next_one(dwa, tmp_pa
         ("scale", [0.0, 1.0]),
         ("periods", 1.5),
         ("window", [0.0, 0.0, -1.0, 0.0, 0.0]),
+        ("window", None),
     ],
 )
 def test_damaged_state_is_refused_and_changes_nothing(dwa, field, value):
     move(dwa)
     store = {}
     dwa._weights.save_own_variables(store)
-    store[field] = np.array(value)
+    if value is None:
+        del store[field]
+    else:
+        store[field] = np.array(value)
     dwa.reset()
     with pytest.raises(ValueError, match=rf"weights in the file is damaged.* as `{field}`"):
         dwa._weights.load_own_variables(store)
