@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import ranks
-from common import BACKEND, LOSSES, ComputeLoss, X, Y, check_run, dict_model
+from common import BACKEND, NAMES, ComputeLoss, X, Y, compiled, dict_model, fit
 from ranks import check_same
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
@@ -23,32 +23,17 @@ if BACKEND == "tensorflow":
     import tensorflow as tf
 
 
-class OwnStep(ComputeLoss):
-    """Logs only the total, so that the recorded losses go into the logs."""
-
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(x, y, self(x, training=True))
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
-        return {"total": loss}
-
-
-def fit(strategy, how, made_in_scope=True, samples=36, rate=0.05, update_freq="epoch"):
-    """Trains in the replicas of a strategy, None for none; `how` is "compile" or a class."""
+def train(strategy, is_compound, made_in_scope=True, samples=36, rate=0.05, update_freq="epoch"):
+    """Trains in the replicas of a strategy, None for none; returns the results."""
     keras.utils.set_random_seed(0)
     scope = strategy.scope if strategy else contextlib.nullcontext
     with scope() if made_in_scope else contextlib.nullcontext():
-        dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2, update_freq=update_freq)
+        dwa = DynamicWeightAverage(NAMES, temperature=0.2, update_freq=update_freq)
     with scope():
-        model = dict_model() if how == "compile" else how(dwa)
-        weighted = {"loss": LOSSES, "loss_weights": dwa.loss_weights} if how == "compile" else {}
-        model.compile(keras.optimizers.SGD(rate), **weighted)
+        model = compiled(ComputeLoss(dwa) if is_compound else dict_model(), dwa, rate)
     x, y = X[:samples], {name: target[:samples] for name, target in Y.items()}
-    history = model.fit(x, y, 8, 5, 0, callbacks=[dwa], shuffle=False).history
     return {
-        **history,
+        **fit(model, dwa, x=x, y=y, epochs=5),
         "factors": list(dwa.factors.values()),
         "windows": [list(window.weights.values()) for window in dwa.windows],
         "evaluated": model.evaluate(x, y, batch_size=8, verbose=0),
@@ -64,27 +49,19 @@ def two_replicas():
     return Mirrored(["CPU:0", "CPU:1"])
 
 
-@pytest.mark.parametrize(("how", "made_in_scope"), [("compile", True), (ComputeLoss, False)])
-def test_logs_and_weights_are_those_of_one_device(how, made_in_scope):
-    # The sum of the parts is the total where all batches are of one size.
-    found = fit(two_replicas(), how, made_in_scope, samples=40)
-    check_run(found, DynamicWeightAverage(["easy", "hard"], temperature=0.2))
-    check_same(found, fit(None, how, samples=40))
-
-
-@pytest.mark.parametrize("how", ["compile", OwnStep])
-def test_windows_are_those_of_one_device(how):
+@pytest.mark.parametrize(("is_compound", "made_in_scope"), [(False, True), (True, False)])
+def test_logs_weights_and_windows_are_those_of_one_device(is_compound, made_in_scope):
     # The last batch of an epoch has 4 samples.
-    found, expected = (fit(devices, how, update_freq=3) for devices in (two_replicas(), None))
-    expected.pop("total", None)  # With replicas, it is the total of only one.
-    check_same(found, expected)
+    found = train(two_replicas(), is_compound, made_in_scope, update_freq=3)
+    check_same(found, train(None, is_compound, update_freq=3))
     assert len(found["windows"]) == 8
+    assert not np.allclose(found["factors"], 1)
 
 
 def test_average_is_that_of_the_samples_whatever_the_shares():
     # Of the last 5 samples, one replica has 3, the other 2. Nothing is learned.
-    found = fit(two_replicas(), ComputeLoss, samples=37, rate=0.0)
-    check_same(found, fit(None, ComputeLoss, samples=37, rate=0.0))
+    found = train(two_replicas(), True, samples=37, rate=0.0)
+    check_same(found, train(None, True, samples=37, rate=0.0))
 
 
 def loop(rank, workers, folder=None, nan_at=None, kill_at=None):
@@ -97,9 +74,9 @@ def loop(rank, workers, folder=None, nan_at=None, kill_at=None):
     strategy = several or tf.distribute.get_strategy()
     keras.utils.set_random_seed(0)
     with strategy.scope():
-        dwa = DynamicWeightAverage(["easy", "hard"], temperature=0.2)
+        dwa = DynamicWeightAverage(NAMES, temperature=0.2)
         model = dict_model()
-        model.compound = CompoundLoss(["easy", "hard"], dwa)
+        model.compound = CompoundLoss(NAMES, dwa)
         optimizer = keras.optimizers.SGD(0.05)
         optimizer.build(model.trainable_variables)
     files = sorted(folder.glob(f"*-{rank}.weights.h5")) if folder else []
@@ -159,16 +136,3 @@ def test_killed_run_resumes_on_as_many_workers_and_on_one(tmp_path):
     for found in ranks.run(loop, 2, folder, folder):
         check_same(found, expected, rtol=0)
     check_same(loop(0, 1, one), expected)
-
-
-def fit_in_workers(rank, workers):
-    try:
-        fit(tf.distribute.MultiWorkerMirroredStrategy(), "compile")
-    except ValueError as error:
-        return str(error)
-
-
-def test_keras_does_not_fit_with_several_workers(tmp_path):
-    """The limit that the manual states, until a release of Keras lifts it."""
-    for message in ranks.run(fit_in_workers, 2, tmp_path):
-        assert message.startswith("Attempt to convert a value (PerReplica:")
