@@ -1,6 +1,5 @@
 """Short runs of the examples."""
 
-import ast
 import os
 import re
 import runpy
@@ -26,11 +25,13 @@ def call(script, arguments, output):
 
 @pytest.fixture
 def run(tmp_path):
-    """A function that runs an example in `tmp_path`, and returns its output by line."""
+    """A function that runs an example, and returns its output by line; checks its picture."""
 
-    def run(name, epochs, *more):
+    def run(name, epochs, *more, picture=True):
         arguments = ["--epochs", str(epochs), *more]
-        assert succeeds(call, EXAMPLES / name, arguments, tmp_path / "output")
+        assert succeeds(call, EXAMPLES / f"{name}.py", arguments, tmp_path / "output")
+        if picture:
+            assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         return (tmp_path / "output").read_text().splitlines()
 
     return run
@@ -44,125 +45,81 @@ def cells(line):
     return [cell.strip() for cell in line.split("|")]
 
 
-def is_picture(path):
-    return path.read_bytes().startswith(b"\x89PNG")
-
-
 @one_backend
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_can_be_copied_alone(path):
-    nodes = ast.walk(ast.parse(path.read_text()))
-    modules = {
-        name.split(".")[0]
-        for node in nodes
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for name in (
-            [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
-        )
-    }
+    modules = set(re.findall(r"^ *(?:import|from) (\w+)", path.read_text(), re.MULTILINE))
+    assert "keras" in modules
     assert not modules & {other.stem for other in EXAMPLES.glob("*.py")}
 
 
 @deep_elsewhere
-def test_digits(run, tmp_path):
-    lines = run("digits.py", 3)
+def test_digits(run):
+    lines = run("digits", 3)
     assert f"on {BACKEND}: three runs of 3 epochs" in lines[0]
     rows = [numbers(line) for line in lines if re.match(r" +[123] \|", line)]
     assert sum(rows[0][1::2]) == pytest.approx(3, abs=0.003)
     # The largest loss has the smallest weight.
     assert np.argmin(rows[0][1::2]) == np.argmax(rows[0][::2])
     assert rows[0][1::2] == rows[1][1::2] != rows[2][1::2]
-    assert ["on 389 test images", "equal weights", "adapt", "DWA after adapt"] in map(cells, lines)
     table = [cells(line) for line in lines if re.match(r"\w+: .*\|", line)]
-    metrics = {name.split(":")[0]: row for name, *row in table}
-    assert list(metrics) == ["digit", "angle", "upright"]
-    better = [
-        sum(
-            float(row[way]) > float(row[0]) if task == "digit" else float(row[way]) < float(row[0])
-            for task, row in metrics.items()
-        )
-        for way in (1, 2)
-    ]
-    assert f"adapt in {better[0]} of 3 tasks, DWA after adapt in {better[1]} of 3" in lines[-1]
-    assert is_picture(tmp_path / "digits.png")
+    metrics = np.array([row[1:] for row in table], dtype=float)
+    metrics[0] *= -1  # The first is an accuracy, the others are errors.
+    adapt, dwa = (metrics[:, 1:] < metrics[:, :1]).sum(axis=0)
+    assert f"adapt in {adapt} of 3 tasks, DWA after adapt in {dwa} of 3" in lines[-1]
 
 
 @pytest.mark.deep
-def test_search_weights(run, tmp_path):
-    lines = run("search_weights.py", 2, "--trials", "4")
+def test_search_weights(run):
+    lines = run("search_weights", 2, "--trials", "4")
     trials = [line for line in lines if re.match(r" +[1234] \|", line)]
     assert numbers(trials[0])[:3] == [1.0, 1.0, 1.0]
     gains = [float(trial.split("|")[-1].strip(" %")) for trial in trials]
     # Other weights, other metrics; from the same start, none is twice as good.
     assert len(set(gains)) == 4
     assert max(map(abs, gains)) < 50
-    best = 1 + int(np.argmax(gains))
-    assert any(f"The best is trial {best}" in line for line in lines)
-    digit, angle, upright = (
-        numbers(line) for line in lines if re.match(r"(digit|angle|up).*:", line)
-    )
-    # On test data: equal weights, adapt, and the best.
-    gains = [
-        100
-        * np.mean([digit[n] / digit[0] - 1, 1 - angle[n] / angle[0], 1 - upright[n] / upright[0]])
-        for n in (2, 1)
-    ]
-    assert [float(n) for n in re.findall(r"[-+]\d+\.\d+", lines[-1])] == pytest.approx(
-        gains, abs=0.3
-    )
-    assert is_picture(tmp_path / "search_weights.png")
+    assert any(f"The best is trial {1 + np.argmax(gains)}" in line for line in lines)
 
 
 @deep_elsewhere
 def test_custom_loop(run):
-    *lines, last = run(f"custom_loop_{BACKEND}.py", 3)
+    *lines, last = run(f"custom_loop_{BACKEND}", 3, picture=False)
     rows = [numbers(line) for line in lines]
     assert [sum(row[1:]) for row in rows] == pytest.approx([2] * 3, abs=0.002)
     assert rows[2][1:] != rows[1][1:] != rows[0][1:] == [1.0, 1.0]
     assert rows[2][0] < rows[0][0]
     # Ten classes: what is returned to the model was trained.
-    accuracy = int(last.split("%")[0])
-    assert accuracy > 30
+    assert int(last.split("%")[0]) > 30
 
 
 @deep_elsewhere
-def test_vae(run, tmp_path):
-    lines = run("vae.py", 3)
+def test_vae(run):
+    lines = run("vae", 3)
     rows = {line.split("|")[0].strip(): numbers(line.split("|", 1)[1]) for line in lines[-5:-2]}
-    assert list(rows) == ["weight 1", "weight 0.25", "annealed"]
     for reconstruction, kl, bound in rows.values():
         assert reconstruction + kl == pytest.approx(bound, abs=0.002)
     # The KL divergence has had no weight so far but a fifth, in the last epoch.
     assert rows["annealed"][1] > rows["weight 0.25"][1] > rows["weight 1"][1]
     best = min(rows, key=lambda name: rows[name][2])
     assert f"The best bound is that of {best}, " in lines[-1]
-    assert numbers(lines[-1])[-2] == pytest.approx(rows[best][2], abs=0.01)
-    assert is_picture(tmp_path / "vae.png")
 
 
 @pytest.mark.deep
 @one_backend
 def test_known_rules(run):
-    *lines, last = run("known_rules.py", 3)
-    rows = {cells(line)[0]: numbers(line) for line in lines[3:]}
-    assert list(rows) == list(RULES)
-    weights = {name: row[:3] for name, row in rows.items()}
+    lines = run("known_rules", 3, picture=False)
+    weights = {cells(line)[0]: numbers(line)[:3] for line in lines[3:-1]}
+    assert list(weights) == list(RULES)
     assert len({tuple(each) for each in weights.values()}) == len(RULES)
     assert weights.pop("SoftAdapt") == pytest.approx([1 / 3] * 3, abs=0.05)
     assert weights.pop("LBTW") == pytest.approx([0.8] * 3, abs=0.4)
     for each in weights.values():
         assert sum(each) == pytest.approx(3, abs=0.003)
-    accuracy, angle, error = np.array([rows["random"], rows["equal"]])[:, 3:].T
-    gain = np.mean(
-        [accuracy[0] / accuracy[1] - 1, 1 - angle[0] / angle[1], 1 - error[0] / error[1]]
-    )
-    (shown,) = re.findall(r"random ([-+]\d+)", last)
-    assert int(shown) == pytest.approx(100 * gain, abs=1)
 
 
 @deep_elsewhere
-def test_pinn(run, tmp_path):
-    lines = run("pinn.py", 8)
+def test_pinn(run):
+    lines = run("pinn", 8)
     equal, adapted = (numbers(line) for line in lines[-4:-2])
     assert equal[:2] == [1.0, 1.0]
     assert sum(adapted[:2]) == pytest.approx(2, abs=0.001)
@@ -171,15 +128,14 @@ def test_pinn(run, tmp_path):
     assert adapted[4] < equal[4]
     assert "adapt made the largest error" in lines[-1]
     assert numbers(lines[-1]) == pytest.approx([equal[4] / adapted[4]], rel=0.1)
-    assert is_picture(tmp_path / "pinn.png")
 
 
 @pytest.mark.deep
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="trains as digits does, for half a minute")
-def test_dense_prediction(run, tmp_path):
+def test_dense_prediction(run):
     # The attention networks are on top of all else. To compile them takes minutes.
     attention = ["--attention"] if BACKEND == "torch" else []
-    lines = run("dense_prediction.py", 3, "--scenes", "20", *attention)
+    lines = run("dense_prediction", 3, "--scenes", "20", *attention)
     rows = [numbers(line) for line in lines if "epoch " in line]
     equal, dwa = rows[:3], rows[3:]
     assert [row[1::2] for row in equal] == [[1.0, 1.0, 1.0]] * 3
@@ -188,12 +144,8 @@ def test_dense_prediction(run, tmp_path):
     assert dwa[2][1::2] != dwa[1][1::2]
     assert dwa[2][0] < dwa[0][0]
     metrics = [cells(line) for line in lines if re.match(r"(semantic|depth|normals): ", line)]
-    assert [row[0].split(":")[0] for row in metrics] == (
-        ["semantic"] * 2 + ["depth"] * 2 + ["normals"] * 5
-    )
     assert [len(row) for row in metrics] == [3] * 9
     assert "of 9 metrics" in lines[-1]
-    assert is_picture(tmp_path / "dense_prediction.png")
 
 
 @pytest.mark.deep

