@@ -1,11 +1,9 @@
 """Short runs of the benchmarks, to see that none is broken. Their numbers are not checked."""
 
-import csv
 import runpy
 import subprocess
 import sys
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 from common import BACKEND, one_backend
@@ -53,25 +51,3 @@ def test_study_trains_again_only_what_a_kill_cut_short(tmp_path, capsys, monkeyp
     assert study() == 1
     assert results.read_text() == whole
     assert (tmp_path / "evidence.md").read_text() == page
-
-    # How much better a method is than single-task training, on test data, at its best validation.
-    signs, rows = {"digit": 1, "angle": -1, "upright": -1}, list(csv.DictReader(whole.splitlines()))
-
-    def best(method, score):
-        """The best epoch of each of the two seeds."""
-        runs = [[r for r in rows if (r["method"], r["seed"]) == (method, s)] for s in "01"]
-        return [max(run, key=score) for run in runs]
-
-    def gain(row, part):
-        def relative(task):
-            key = f"{task}: {part}"
-            alone = best(f"{task} alone", lambda row: signs[task] * float(row[f"{task}: val"]))
-            return float(row[key]) / fmean(float(row[key]) for row in alone) - 1
-
-        return 100 * fmean(signs[task] * relative(task) for task in signs)
-
-    tuned, equal = (
-        fmean(gain(row, "test") for row in best(method, lambda row: gain(row, "val")))
-        for method in ("static, tuned", "equal")
-    )
-    assert f"| static, tuned | {tuned - equal:+.1f} (" in page

@@ -1,8 +1,6 @@
 """JAX's devices and processes under `keras.distribution`: four devices on one CPU."""
 
 import re
-import shutil
-import signal
 
 import keras
 import numpy as np
@@ -10,7 +8,6 @@ import pytest
 import ranks
 from common import BACKEND, LOSSES, NAMES, X, Y, compiled, fit, heads
 from ranks import check_same
-from run_to_kill import Stop
 
 from keras_dwa import CompoundLoss, DynamicWeightAverage
 
@@ -57,17 +54,16 @@ def compiled_model(dwa, how):
     return compiled(keras.Model(*heads(name="trunk")), loss=LOSSES, loss_weights=weights)
 
 
-def train(rank, ranks, kind, how="compile", update_freq="epoch", folder=None, kill_at=None):
+def train(rank, ranks, kind, how):
     """Trains on this process's share of every batch; returns the results.
 
     `kind` is that of the distribution, None for none. With a compound loss, one sample of the last
-    process has a NaN. The run resumes from its backup in `folder`, and at the epoch and batch
-    `kill_at`, the first process is killed.
+    process has a NaN.
     """
     keras.utils.set_random_seed(0)
     keras.distribution.set_distribution(kind and distribution(kind))
     try:
-        dwa = DynamicWeightAverage(NAMES, temperature=0.2, update_freq=update_freq)
+        dwa = DynamicWeightAverage(NAMES, temperature=0.2, update_freq=3)
         model = compiled_model(dwa, how)
         (kernel,) = [v for v in model.variables if v.path == "trunk/kernel"]
         assert kernel.value.sharding.is_fully_replicated == (kind != "model")
@@ -76,12 +72,7 @@ def train(rank, ranks, kind, how="compile", update_freq="epoch", folder=None, ki
         y = {name: target[mine] for name, target in Y.items()}
         if how == "compound":
             y["offset"] = np.where(mine == 7, np.nan, 0.0)[:, np.newaxis]
-        callbacks = [dwa]
-        if folder:
-            callbacks.append(keras.callbacks.BackupAndRestore(folder / f"backup{rank}"))
-        if kill_at and rank == 0:
-            callbacks.append(Stop(*kill_at, kill=True))
-        history = fit(model, *callbacks, x=X[mine], y=y, batch_size=8 // ranks, epochs=5)
+        history = fit(model, dwa, x=X[mine], y=y, batch_size=8 // ranks, epochs=5)
         return {
             **history,
             "factors": list(dwa.factors.values()),
@@ -92,8 +83,8 @@ def train(rank, ranks, kind, how="compile", update_freq="epoch", folder=None, ki
         keras.distribution.set_distribution(None)
 
 
-# The kind of distribution, how the model is weighted, and `update_freq`.
-CASES = [("model", "compile", 3), ("data", "compound", 3)]
+# The kind of distribution, and how the model is weighted.
+CASES = [("model", "compile"), ("data", "compound")]
 
 
 def train_all(rank, ranks):
@@ -104,28 +95,13 @@ def train_all(rank, ranks):
 def test_four_devices_in_one_process_or_two_have_the_weights_of_one_device(tmp_path):
     of_processes = ranks.run(train_all, 2, tmp_path)
     for case, one, two, other in zip(CASES, train_all(0, 1), *of_processes, strict=True):
-        expected = train(0, 1, None, *case[1:])
+        expected = train(0, 1, None, case[1])
         assert len(expected["windows"]) == 8
         assert not np.allclose(expected["factors"], 1)
         for found in (one, two, other):
             check_same(found, expected)
         for key in ("factors", "windows", "easy_weight"):
             np.testing.assert_array_equal(two[key], other[key])
-
-
-def test_killed_run_resumes_on_as_many_processes_and_on_one(tmp_path):
-    whole = ranks.run(train, 2, tmp_path / "whole", "data")
-    folder = tmp_path / "killed"
-    arguments = ("data", "compile", "epoch", folder)
-    killed = ranks.start(train, 2, folder, *arguments, (3, 2))
-    # JAX ends the other process, because it loses the coordinator.
-    assert ranks.exit_codes(killed) == [-signal.SIGKILL, -signal.SIGABRT]
-    one = shutil.copytree(folder, tmp_path / "one")
-    expected = {key: values[-2:] for key, values in whole[0].items() if len(values) == 5}
-    expected |= {key: whole[0][key] for key in ("factors", "kernel")}
-    for found in ranks.run(train, 2, folder, *arguments):
-        check_same(found, expected, rtol=0)
-    check_same(train(0, 1, "data", folder=one), expected)
 
 
 COLLECTIVES = r"= (.*?) (all-(?:reduce|gather|to-all)|reduce-scatter|collective-\w+)(?:-start)?\("

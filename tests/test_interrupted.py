@@ -1,12 +1,8 @@
 """A `fit` or a step that Ctrl-C interrupts, and the next one."""
 
-import contextlib
-import sys
-
 import keras
 import pytest
 from common import (
-    NAMES,
     ComputeLoss,
     check_run,
     compiled,
@@ -14,13 +10,9 @@ from common import (
     dict_model,
     fit,
     joined,
-    move,
     one_backend,
 )
 from run_to_kill import Stop
-
-import keras_dwa
-from keras_dwa import CompoundLoss
 
 
 # `test_windows.py` has this for windows.
@@ -44,43 +36,6 @@ def test_loop_after_an_interrupted_fit_says_how_to_end_that_one(dwa):
         dwa.step()
     dwa.on_train_end()
     assert dwa.step() != {"easy": 1.0, "hard": 1.0}
-
-
-@one_backend
-def test_ctrl_c_at_any_line_of_a_step_leaves_the_state_of_before_or_after(dwa):
-    compound, package, tracer = CompoundLoss(NAMES, dwa), keras_dwa.__path__[0], sys.gettrace()
-
-    def state():
-        stored = {"weights": keras.ops.convert_to_numpy(dwa.variables[0])}
-        dwa._weights.save_own_variables(stored)
-        return str(stored | {"recorded": dwa._weights.recorded()})
-
-    def third_epoch(interrupted_line=None):
-        """Ends with Ctrl-C at a line of the package; returns the lines run, and both states."""
-        lines = 0
-
-        def trace(frame, event, argument):
-            nonlocal lines
-            if not frame.f_code.co_filename.startswith(package):
-                return None
-            lines += event == "line"
-            if event == "line" and lines == interrupted_line:
-                raise KeyboardInterrupt
-            return trace
-
-        dwa.reset()
-        move(dwa)
-        compound.combine({"easy": 0.5, "hard": 2.9})
-        before = state()
-        with contextlib.suppress(KeyboardInterrupt):
-            sys.settrace(trace)
-            dwa.step()
-        sys.settrace(tracer)
-        return lines, before, state()
-
-    lines, before, after = third_epoch()
-    assert before != after
-    assert {third_epoch(line)[2] for line in range(1, lines + 1)} == {before, after}
 
 
 @one_backend

@@ -1,6 +1,5 @@
 """What the plot of a run shows, for every kind of history."""
 
-import itertools
 import sys
 
 import keras
@@ -95,31 +94,6 @@ def test_loss_of_a_single_output_which_keras_logs_weighted_is_unweighted():
     np.testing.assert_equal(weight["weight"][1], [2.0, 0.0, 6.0])
 
 
-def texts(panel):
-    """The texts around a panel, including the numbers at its ticks."""
-    (left, right), (bottom, top) = panel.get_xlim(), panel.get_ylim()
-    yield from (panel.title, panel.xaxis.label, panel.yaxis.label)
-    yield from (text for text in panel.get_xticklabels() if left <= text.get_position()[0] <= right)
-    yield from (text for text in panel.get_yticklabels() if bottom <= text.get_position()[1] <= top)
-
-
-@pytest.mark.parametrize("number", [2, pytest.param(12, marks=pytest.mark.deep)])
-def test_every_output_has_its_name_and_no_text_is_on_another(number):
-    names = [f"heads/left/number_{index}_$a_1$" for index in range(number)]
-    history = made_up(*names, epochs=30, base_loss=[1.0] * 30)
-    history |= {f"{name}_weight": np.linspace(0.9, 1.1, 30) for name in names}
-    figure = plot_history(history)
-    figure.draw_without_rendering()
-    total, *panels = figure.axes
-    assert [panel.get_ylabel() for panel in (total, *panels[::2])] == ["base_loss", *names]
-    shown = [text for panel in figure.axes for text in texts(panel)]
-    shown += figure.legends[0].get_texts()
-    boxes = [text.get_window_extent() for text in shown if text.get_visible() and text.get_text()]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    inside = figure.bbox.padded(1)
-    assert all(inside.contains(*box.min) and inside.contains(*box.max) for box in boxes)
-
-
 def test_notebook_shows_the_picture_which_pyplot_does_not_know():
     import matplotlib.pyplot
     from IPython.core.formatters import DisplayFormatter
@@ -157,7 +131,7 @@ def test_run_that_ends_in_nan_shows_all_its_epochs():
 
 @pytest.mark.parametrize(
     ("losses", "scale"),
-    [([4.0, 0.5], "linear"), ([4.0, 0.3], "log"), ([4.0, 0.0], "linear"), ([4.0, -4.0], "linear")],
+    [([4.0, 0.5], "linear"), ([4.0, 0.3], "log"), ([4.0, 0.0], "linear")],
 )
 def test_axis_of_losses_is_logarithmic_if_that_gives_it_two_ticks(losses, scale):
     figure = plot_history(made_up("a", "b", epochs=2, a_loss=losses))
@@ -171,8 +145,10 @@ def test_epochs_of_a_resumed_run_continue(epochs, shown):
 
 
 def test_weighting_says_which_outputs_and_where_uniform_is():
-    figure = plot_history(made_up("a", "b", "c"), LossWeighting(["c", "a"]))
-    assert [panel.get_ylabel() for panel in figure.axes[::2]] == ["c", "a"]
+    names = ["c/$a_1$", "a"]  # Not a formula.
+    figure = plot_history(made_up("a", "b", names[0]), LossWeighting(names))
+    assert [panel.get_ylabel() for panel in figure.axes[::2]] == names
+    figure.draw_without_rendering()
     assert figure.axes[1].lines[1].get_label() == "uniform"
     without = plot_history(made_up("a", "b"))
     assert without.axes[1].lines[1].get_label() == "uniform (base weights 1)"
