@@ -67,13 +67,11 @@ else:
         if compiled:
             train_step = jax.jit(train_step)
 
-        def references():
-            variables = (model.trainable_variables, model.non_trainable_variables)
-            return (*variables, optimizer.variables, dwa.variables)
-
         def stateful_step(x, y):
-            state = [[variable.value for variable in group] for group in references()]
-            for group, values in zip(references(), train_step(state, x, y), strict=True):
+            of_model = model.trainable_variables, model.non_trainable_variables
+            groups = *of_model, optimizer.variables, dwa.variables
+            state = [[variable.value for variable in group] for group in groups]
+            for group, values in zip(groups, train_step(state, x, y), strict=True):
                 for variable, value in zip(group, values, strict=True):
                     variable.assign(value)
 

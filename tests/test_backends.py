@@ -12,6 +12,7 @@ if BACKEND == "torch":
     import torch
 
 NAMES = list("abc")
+of_torch = pytest.mark.skipif(BACKEND != "torch", reason="torch's shortcuts and compiler")
 NOT_ON_JAX = pytest.mark.skipif(BACKEND == "jax", reason="has no float64 by default")
 FLOAT64 = pytest.param("float64", marks=NOT_ON_JAX)
 
@@ -44,7 +45,7 @@ def test_loss_and_record_are_those_of_keras_ops(compound, monkeypatch, dtype, sa
         compound.weighting.reset()
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="torch's compiler")
+@of_torch
 def test_compiled_step_serves_batches_of_any_size(compound):
     @torch.compile(fullgraph=True)
     def step(x):
@@ -83,51 +84,41 @@ def test_record_within_a_layer_of_mixed_precision(compound):
     assert record(compound)[1].tolist() == [1.0] * 4
 
 
-@pytest.mark.skipif(BACKEND != "torch", reason="torch's own")
-class TestTorch:
-    @pytest.fixture
-    def terms(self):
-        return keras.ops.convert_to_tensor([1 / 3, 2.0, 4.0]).requires_grad_()
-
-    def check(self, compound, terms, loss, samples):
-        """The loss and its gradient are in float32, and so is the record of two batches."""
-        assert loss.dtype == torch.float32
-        np.testing.assert_allclose(loss.item(), 6.0, rtol=1e-6)
-        (gradient,) = torch.autograd.grad(loss, terms)
-        assert gradient.tolist() == [3.0, 0.5, 1.0]
-        assert not compound.weighting.variables[-1].value.requires_grad
-        expected = 2 * np.outer([samples, samples], [1 / 3, 2.0, 4.0, 1.0])
-        np.testing.assert_allclose(record(compound), expected, rtol=1e-6)
-
-    @pytest.mark.parametrize("samples", [1, 3])
-    def test_eager_step_takes_the_shortcuts_under_autocast_too(
-        self, compound, terms, samples, monkeypatch
-    ):
+@of_torch
+@pytest.mark.parametrize(
+    "way", ["eager", "autocast", pytest.param("compiled to native code", marks=pytest.mark.deep)]
+)
+def test_loss_gradient_and_record_are_in_float32(compound, monkeypatch, way):
+    terms = keras.ops.convert_to_tensor([1 / 3, 2.0, 4.0]).requires_grad_()
+    combine = compound.combine
+    if way == "compiled to native code":
+        combine = torch.compile(combine, fullgraph=True, backend="inductor")
+    else:  # Takes the shortcuts.
         for name in ("combine", "add_batch"):
             monkeypatch.setattr(Backend, name, None)
-        compound.combine(terms, samples)
-        with torch.autocast(terms.device.type, torch.bfloat16):
-            loss = compound.combine(dict(zip(NAMES, terms.unbind(), strict=True)), samples)
-        self.check(compound, terms, loss, samples)
+    with torch.autocast(terms.device.type, torch.bfloat16, enabled=way == "autocast"):
+        combine(terms, samples=1)
+        loss = combine(dict(zip(NAMES, terms.unbind(), strict=True)), samples=3)
+    assert loss.dtype == torch.float32
+    np.testing.assert_allclose(loss.item(), 6.0, rtol=1e-6)
+    (gradient,) = torch.autograd.grad(loss, terms)
+    assert gradient.tolist() == [3.0, 0.5, 1.0]
+    assert not compound.weighting.variables[-1].value.requires_grad
+    np.testing.assert_allclose(record(compound), [[4 / 3, 8.0, 16.0, 4.0]] * 2, rtol=1e-6)
 
-    @pytest.mark.deep
-    def test_step_compiles_to_native_code(self, compound, terms):
-        step = torch.compile(compound.combine, fullgraph=True, backend="inductor")
-        for _ in range(2):
-            loss = step(terms)
-        self.check(compound, terms, loss, 1)
 
-    def test_loss_times_an_entry_compiles_whole_and_follows_it(self):
-        weighting = LossWeighting(NAMES)
-        entry = weighting.loss_weights["b"]
+@of_torch
+def test_loss_times_an_entry_compiles_whole_and_follows_it():
+    weighting = LossWeighting(NAMES)
+    entry = weighting.loss_weights["b"]
 
-        @torch.compile(fullgraph=True, backend="aot_eager")
-        def step(loss):
-            return keras.ops.multiply(loss, entry)
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(loss):
+        return keras.ops.multiply(loss, entry)
 
-        for factor in (1.0, 0.25, 0.0):
-            weighting.assign({"b": factor})
-            assert step(keras.ops.convert_to_tensor(2.0)).item() == 2 * factor
+    for factor in (1.0, 0.25, 0.0):
+        weighting.assign({"b": factor})
+        assert step(keras.ops.convert_to_tensor(2.0)).item() == 2 * factor
 
 
 @one_backend

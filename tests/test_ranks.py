@@ -30,12 +30,12 @@ def batches(rank, ranks):
         yield batch, np.array_split(batch, ranks)[rank]
 
 
-def train(rank, ranks, folder=None, nan_at=None, kill_at=None):
+def train(rank, ranks, folder=None, kill_at=None):
     """Trains by gradients over the samples of all ranks; returns the weights and the parameters.
 
-    Continues from what rank 0 wrote into `folder`. In epoch `nan_at`, a target of the last rank is
-    NaN, and no rank takes the steps that this spoils. At the epoch and batch `kill_at`, the last
-    rank is killed.
+    Continues from what rank 0 wrote into `folder`. In epoch 2, a target of the last rank is NaN,
+    and no rank takes the steps that this spoils. At the epoch and batch `kill_at`, the last rank is
+    killed.
     """
     keras.utils.set_random_seed(0)
     model = dict_model()
@@ -53,7 +53,7 @@ def train(rank, ranks, folder=None, nan_at=None, kill_at=None):
             if (epoch, number) == kill_at and rank == ranks - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             y = {name: target[mine] for name, target in Y.items()}
-            if epoch == nan_at and rank == ranks - 1:
+            if epoch == 2 and rank == ranks - 1:
                 y["hard"] = np.where(mine[:, np.newaxis] == batch[-1], np.nan, y["hard"])
             loss = model.compound(y, forward(X[mine], training=True))
             optimizer.zero_grad()
@@ -71,7 +71,7 @@ def train(rank, ranks, folder=None, nan_at=None, kill_at=None):
 
 @pytest.mark.filterwarnings("ignore:DynamicWeightAverage holds")
 def test_all_ranks_have_the_weights_of_one_process_also_after_a_nan(tmp_path):
-    found, expected = ranks.run(train, 3, tmp_path, None, 2), train(0, 1, None, 2)
+    found, expected = ranks.run(train, 3, tmp_path), train(0, 1)
     for of_rank in found:
         check_same(of_rank, expected)
         assert of_rank["weights"] == found[0]["weights"]
@@ -83,7 +83,7 @@ def test_killed_run_resumes_on_as_many_ranks_and_on_others(tmp_path):
     whole, *_ = ranks.run(train, 2, tmp_path / "whole")
     expected = {"weights": whole["weights"][3:], "parameters": whole["parameters"]}
     folder = tmp_path / "killed"
-    killed = ranks.start(train, 2, folder, folder, None, (3, 2))
+    killed = ranks.start(train, 2, folder, folder, (3, 2))
     # In the other process, gloo reports that the connection was lost.
     assert ranks.exit_codes(killed) == [1, -signal.SIGKILL]
     for size in (1, 2):
