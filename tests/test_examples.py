@@ -70,6 +70,7 @@ def test_digits(run):
 
 
 @pytest.mark.deep
+@one_backend
 def test_search_weights(run):
     lines = run("search_weights", 2, "--trials", "4")
     trials = [line for line in lines if re.match(r" +[1234] \|", line)]
