@@ -247,8 +247,7 @@ class LossWeights(keras.metrics.Metric):
 
     def result(self) -> dict[str, Any]:
         """The recorded averages as `<name>_loss`, for the outputs in `marks.logged()`."""
-        logged = self.marks.logged()
-        if self.record is None or not logged:
+        if self.record is None or not (logged := self.marks.logged()):
             return {}
         sums = keras.ops.convert_to_tensor(self.record.variable)[0]
         averages = sums[:-1] / sums[-1]
