@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 from common import X, Y, check_base_loss, check_run, compiled, one_backend
 from common import fit as fit_model
 
@@ -26,9 +27,10 @@ def fit(model, *callbacks, y=Y["hard"], **arguments):
     return fit_model(model, *callbacks, y=y, **arguments)
 
 
-def test_loss_is_the_weighted_sum_of_the_logged_losses_whose_weights_move(mode):
+@pytest.mark.parametrize("eager", [False, True])
+def test_loss_is_the_weighted_sum_of_the_logged_losses_whose_weights_move(eager):
     compound = new_compound()
-    model = compiled(one_output(), loss=compound, **mode)
+    model = compiled(one_output(), loss=compound, run_eagerly=eager)
     model.evaluate(X, Y["hard"], verbose=0)  # Before the model knows the weighting.
     check_run(fit(model, compound.weighting, epochs=4), compound.weighting)
 
