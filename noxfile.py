@@ -47,8 +47,8 @@ QUICK = [
 DEPEND_ON_KERAS = [
     f"tests/test_{name}.py"
     for name in (
-        *("adapt", "compound_loss", "config", "counts", "fit", "logs", "models"),
-        *("one_output", "own_steps", "saving", "state", "windows", "wiring"),
+        *("adapt", "compound_loss", "config", "counts", "fit", "models", "one_output"),
+        *("own_steps", "saving", "windows", "wiring"),
     )
 ]
 DEPEND_ON_TENSORFLOW = [
