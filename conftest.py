@@ -5,6 +5,7 @@ import doctest
 import io
 
 import keras
+import pytest
 from sybil import Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown import CodeBlockParser, SkipParser
@@ -41,3 +42,14 @@ pytest_collect_file = Sybil(
     ],
     patterns=["README.md", "docs/*.md"],
 ).pytest()
+
+# Their code computes on the host: on JAX it runs in `nox`, on the others in `nox -s deep`.
+PAGES_OF_THE_HOST = {
+    *("choosing", "how_it_works", "known_rules", "plots", "rules", "steady", "tuning", "windows")
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem in PAGES_OF_THE_HOST and keras.backend.backend() != "jax":
+            item.add_marker(pytest.mark.deep)

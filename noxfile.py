@@ -27,14 +27,6 @@ BACKENDS = {
     "torch": ["torch==2.13.0", "torchjd==0.18.0", "softadapt==0.2.0"],
 }
 MANUAL = ["README.md", "docs"]
-# Pages about what the host computes: on JAX in `nox`, on the others in `nox -s deep`.
-OF_THE_HOST = [
-    f"docs/{name}.md"
-    for name in (
-        *("choosing", "how_it_works", "known_rules", "plots", "rules", "steady", "tuning"),
-        "windows",
-    )
-]
 PACKAGE = ["tests", "keras_dwa"]
 # The most telling tests.
 QUICK = [
@@ -133,8 +125,7 @@ def tests(session, backend):
 
 
 def run_suite(session, backend):
-    others = [] if backend == "jax" else [f"--ignore={page}" for page in OF_THE_HOST]
-    run_tests(session, backend, *others, *MANUAL, *PACKAGE)
+    run_tests(session, backend, *MANUAL, *PACKAGE)
 
 
 def run_most_telling(session, backend):
@@ -150,17 +141,16 @@ def run_rest(session, backend):
         run_tests(session, backend, "-m", "", *others, *PACKAGE, runner=TRACED)
         run_tests(session, backend, "-m", "deep", *IN_PROCESSES)
         return
-    deep = ["-m", "deep", *PACKAGE]
+    others = []
     if backend == "torch":
         run_tests(session, backend, "-m", "", *TORCH_ALONE, runner=TRACED)
-        deep += [f"--ignore={path}" for path in TORCH_ALONE]
+        others = [f"--ignore={path}" for path in TORCH_ALONE]
         # The two read and write each other's files.
         jax, *_ = BACKENDS["jax"]
         install(session, jax)
-    run_tests(session, backend, *deep)
+    run_tests(session, backend, "-m", "deep", *others, *MANUAL, *PACKAGE)
     if backend == "torch":
         session.run("pip", "uninstall", "--yes", "jax", "jaxlib", silent=True)
-    run_tests(session, backend, *OF_THE_HOST)
 
 
 @nox.session(default=False, venv_backend="none")
@@ -178,7 +168,7 @@ def deep(session):
         session.notify(f"tests(backend='{backend}')", ["deep"])
     for backend in OLDEST:
         session.notify(f"oldest(backend='{backend}')")
-    for name in ("coverage", "docs", "package", "readme", "notebook"):
+    for name in ("coverage", "docs", "package", "readme"):
         session.notify(name)
 
 
@@ -215,19 +205,14 @@ def package(session):
 
 @nox.session(default=False, reuse_venv=False)
 def readme(session):
-    """Does what a new user does: the README's commands, then its code, in a new environment."""
+    """What a new user does, in a new environment: README's commands and code, the notebook."""
     blocks = re.findall(r"```(\w+)\n(.*?)```", Path("README.md").read_text(), re.DOTALL)
     commands, *_ = (block for language, block in blocks if language == "sh")
     script = Path(session.create_tmp(), "readme.py")
     script.write_text("\n".join(block for language, block in blocks if language == "python"))
     session.run("bash", "-euc", f"{commands}\npython {script}", external=True)
-
-
-@nox.session(default=False)
-def notebook(session):
-    """Runs the notebook among the examples, on JAX. Its outputs are not kept."""
-    jax, *_ = BACKENDS["jax"]
-    install(session, KERAS, jax, "matplotlib", "nbclient", "ipykernel", ".")
+    install(session, "nbclient", "ipykernel")
+    # Its outputs are not kept.
     session.run("jupyter", "execute", "examples/quickstart.ipynb", env={"KERAS_BACKEND": "jax"})
 
 
