@@ -82,8 +82,7 @@ def test_nested_outputs_go_by_their_path():
 
 
 @pytest.mark.parametrize(
-    ("kind", "number"),
-    [(dict, 0.5), pytest.param(list, np.float32(0.5), marks=deep_elsewhere)],
+    ("kind", "number"), [(dict, 0.5), pytest.param(list, np.float32(0.5), marks=deep_elsewhere)]
 )
 def test_outputs_of_a_list_may_have_a_number_or_no_loss_in_dicts_and_lists(dwa, kind, number):
     """Outputs in an order that is not alphabetical."""

@@ -130,8 +130,7 @@ def test_run_that_ends_in_nan_shows_all_its_epochs():
 
 
 @pytest.mark.parametrize(
-    ("losses", "scale"),
-    [([4.0, 0.5], "linear"), ([4.0, 0.3], "log"), ([4.0, 0.0], "linear")],
+    ("losses", "scale"), [([4.0, 0.5], "linear"), ([4.0, 0.3], "log"), ([4.0, 0.0], "linear")]
 )
 def test_axis_of_losses_is_logarithmic_if_that_gives_it_two_ticks(losses, scale):
     figure = plot_history(made_up("a", "b", epochs=2, a_loss=losses))

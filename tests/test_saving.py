@@ -149,9 +149,8 @@ def test_damaged_state_is_refused_and_changes_nothing(dwa, field, value):
     move(dwa)
     store = {}
     dwa._weights.save_own_variables(store)
-    if value is None:
-        del store[field]
-    else:
+    del store[field]
+    if value is not None:
         store[field] = np.array(value)
     dwa.reset()
     with pytest.raises(ValueError, match=rf"weights in the file is damaged.* as `{field}`"):

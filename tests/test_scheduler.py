@@ -75,6 +75,12 @@ def test_step_continues_without_any_losses():
 
 
 @one_backend
+def test_schedule_must_return_factors():
+    with pytest.raises(ValueError, match=r"schedule` for epoch 1: expected a dict.* Found 3\.0"):
+        LossWeightScheduler(NAMES, lambda epoch: 3.0)
+
+
+@one_backend
 def test_schedule_gets_the_factors_of_the_epoch_before_may_change_them_and_hold_all():
     def change(epoch, factors):
         factors["hard"] *= 2
