@@ -208,7 +208,7 @@ MISWIRINGS = {
             base=ComputeLoss, own={"compute_loss": unweighted}, loss=None,
             weights=lambda ours: None),
         row("metric_like_a_weight", "already has ['easy_weight']. Rename that metric",
-            metrics={"easy": keras.metrics.MeanAbsoluteError(name="weight")}),
+            trackers=["easy_weight"]),
         row("ignored_base_weights_beside_a_number", "under no weights", names={"easy": 2.0},
             weights=lambda ours: {**ours, "hard": 1.0}, **IGNORES),
         row("fit_in_a_thread", USED, "thread", "step({", run=begun_in_a_thread),
