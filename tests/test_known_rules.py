@@ -34,7 +34,7 @@ def test_soft_adapt():
     found = weights_of(rule)
     for epoch in range(1, len(EPOCHS)):
         expected = reference.get_component_weights(*EPOCHS[: epoch + 1].T.tolist(), verbose=False)
-        np.testing.assert_allclose(found[epoch], expected, rtol=1e-5)
+        np.testing.assert_allclose(found[epoch], expected.numpy(force=True), rtol=1e-5)
 
 
 @with_its_package
