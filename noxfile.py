@@ -80,7 +80,7 @@ def install_all_backends(session):
     install(session, KERAS, *packages, "scikit-learn", "matplotlib", ".")
 
 
-def test_environment(session, backend, caches=True):
+def pytest_environment(session, backend, caches=True):
     environment = {"KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "2"}
     # The suite spends far longer on compiling than on running, and compiles much more than once.
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
@@ -93,7 +93,7 @@ def test_environment(session, backend, caches=True):
 
 
 def run_tests(session, backend, *arguments, runner=("pytest",), caches=True):
-    environment = test_environment(session, backend, caches)
+    environment = pytest_environment(session, backend, caches)
     # Each file runs in one worker, because the blocks of a page build on each other.
     session.run(*runner, "-n", "2", "--dist", "loadfile", *arguments, env=environment)
 
@@ -284,7 +284,7 @@ def properties(session, backend):
 def mutants(session, backend):
     """Finds changes of the code that no test notices. See `[tool.mutmut]`. Takes several hours."""
     install(session, KERAS, *BACKENDS[backend], *TEST_TOOLS, "mutmut", "mypy", ".")
-    session.env.update(test_environment(session, backend))
+    session.env.update(pytest_environment(session, backend))
     # One thread in each of the forked processes.
     session.env["OMP_NUM_THREADS"] = "1"
     session.run("mutmut", "run", "--max-children", "2", *session.posargs)

@@ -3,8 +3,9 @@ import os
 
 # JAX reads these when it is imported: devices on one CPU, for the tests of distribution, and on a
 # GPU products as exact as NumPy's, with the same bits in every process.
-FLAGS = "--xla_force_host_platform_device_count=4 --xla_gpu_deterministic_ops=true"
-os.environ.setdefault("XLA_FLAGS", FLAGS)
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_force_host_platform_device_count=4 --xla_gpu_deterministic_ops=true"
+)
 os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "float32")
 
 import hypothesis

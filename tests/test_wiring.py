@@ -51,7 +51,6 @@ def wired(
     loss=LOSSES,
     weights=lambda ours: ours,
     trackers=(),
-    **arguments,
 ):
     """Fits a model of a subclass of `base`, with `own` attributes, with a new callback.
 
@@ -65,7 +64,7 @@ def wired(
     else:
         model = model_class(dwa) if base is ComputeLoss else model_class()
     model.trackers = [keras.metrics.Mean(name=name) for name in trackers]
-    compiled(model, dwa, loss=loss, loss_weights=weights(dwa.loss_weights), **arguments)
+    compiled(model, dwa, loss=loss, loss_weights=weights(dwa.loss_weights))
     fit(model, dwa, y=arrange(Y))
 
 
@@ -207,8 +206,7 @@ MISWIRINGS = {
         row("uncalled_compound_loss", "never called", "in `compute_loss`", COMPOUND,
             base=ComputeLoss, own={"compute_loss": unweighted}, loss=None,
             weights=lambda ours: None),
-        row("metric_like_a_weight", "already has ['easy_weight']. Rename that metric",
-            trackers=["easy_weight"]),
+        row("metric_like_a_weight", "has ['easy_weight']. Rename that", trackers=["easy_weight"]),
         row("ignored_base_weights_beside_a_number", "under no weights", names={"easy": 2.0},
             weights=lambda ours: {**ours, "hard": 1.0}, **IGNORES),
         row("fit_in_a_thread", USED, "thread", "step({", run=begun_in_a_thread),
