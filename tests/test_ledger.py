@@ -29,13 +29,14 @@ def segment(weights, end, losses=None, counts=(1.0, 1.0), total=None):
 def test_losses_have_their_own_counts_and_the_parts_those_of_the_total():
     ledger = [
         segment([1.0, 1.0], 3, (1.0, 4.0), (6, 18), total=6),
-        segment([1.0, 0.5], 4, (3.0, 8.0), (2, 2), total=2),
+        segment([1.0, 0.5], 4, (3.0, -80.0), (2, 2), total=6),
     ]
     losses = averages(total(ledger))
-    np.testing.assert_allclose(losses, [1.5, 4.4])
-    np.testing.assert_allclose(mean_weights(ledger), [1.0, 0.875])
-    np.testing.assert_allclose(loss_parts(ledger, losses), [1.5, 4.0])
-    np.testing.assert_allclose(loss_parts(ledger, losses, np.array([2.0, 1.0])), [3.0, 5.0])
+    assert is_known(ledger)
+    np.testing.assert_allclose(losses, [1.5, -4.4])
+    np.testing.assert_allclose(mean_weights(ledger), [1.0, 0.75])
+    np.testing.assert_allclose(loss_parts(ledger, losses), [2.0, -18.0])
+    np.testing.assert_allclose(loss_parts(ledger, losses, np.array([2.0, 1.0])), [4.0, -38.0])
 
 
 def test_weights_that_stay_are_exact_and_the_logged_losses_theirs():

@@ -123,12 +123,16 @@ def steps(rank, ranks):
     for hard in (1.0, np.nan, 3.0):
         dwa.step({"easy": 1.0, "hard": hard})
     found["equal"] = dwa.factors
-    for hard in (1.0, 1.0 + rank):
-        dwa.step({"easy": 1.0, "hard": hard}, all_ranks=False)
+    dwa.step(given, all_ranks=False)
+    compound.combine({"easy": 1.0, "hard": 1.0 + 2 * rank})
+    dwa.step(all_ranks=False)
     found["apart"] = dwa.factors
     found["factors"] = message_of(dwa.step, ones)
-    names = NAMES[:: -1 if rank else 1]
-    found["order"] = message_of(DynamicWeightAverage(names).step, ones)
+    found["order"] = message_of(DynamicWeightAverage(NAMES[:: -1 if rank else 1]).step, ones)
+    many, found["many"] = DynamicWeightAverage([str(k) for k in range(40)]), []
+    for all_ranks, least in ((True, 0.1), (False, 0.1 + rank)):
+        many.adapt({name: least + int(name) for name in many.outputs}, all_ranks=all_ranks)
+        found["many"].append(dict(many.base_weights))
     return found
 
 
@@ -149,6 +153,7 @@ def test_each_rank_says_what_differs(tmp_path):
             assert message in messages[way]
         assert messages["two ways"] is not None
         assert messages["equal"] == found[0]["equal"] != {"easy": 1.0, "hard": 1.0}
+    assert found[1]["many"][0] == found[0]["many"][0] == found[0]["many"][1]
     assert found[0]["apart"] == {"easy": 1.0, "hard": 1.0} != found[1]["apart"]
 
 

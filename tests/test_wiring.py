@@ -185,6 +185,7 @@ MISWIRINGS = {
             run=compound_beside, loss_weights=[1.0, 0.5]),
         row("loss_with_the_name_of_an_output", "names of outputs: ['hard']", "Rename",
             run=compound_beside, names=("hard", "mse")),
+        row("compound_for_two", "several outputs", run=compound_for_all, model=dict_model, on=ALL),
         row("two_losses_for_one_output", "one output", "CompoundLoss({'mae': ..., 'mse': ...}",
             "loss=compound)", run=two_losses_for_one),
         row("two_compound_losses", "two weightings", "DynamicWeightAverage(['easy'], t", "['hard']",
