@@ -84,12 +84,15 @@ def test_weights_of_windows_are_steps_over_batches():
     np.testing.assert_equal(weights, [*of_windows, of_windows[-1]])
     assert len(set(of_windows)) == 2
     assert figure.axes[3].lines[0].get_drawstyle() == "steps-post"
+    assert figure.axes[3].get_title() == "weight / base weight"
     assert figure.axes[6].get_xlabel() == "batch (latest 3 windows)"
 
 
 def test_loss_of_a_single_output_which_keras_logs_weighted_is_unweighted():
-    loss, weight = lines(plot_history({"loss": [8.0, 0.0, 12.0], "a_weight": [2.0, 0.0, 6.0]}))
+    logs = {"loss": [8.0, 0.0, 12.0], "val_loss": [4.0, 0.0, 24.0], "a_weight": [2.0, 0.0, 6.0]}
+    loss, weight = lines(plot_history(logs))
     np.testing.assert_equal(loss["training"][1], [1.0, nan, 0.5])
+    np.testing.assert_equal(loss["validation"][1], [0.5, 1.0])
     np.testing.assert_equal(weight["weight"][1], [2.0, 0.0, 6.0])
 
 
