@@ -75,8 +75,6 @@ def test_search_weights(run):
     lines = run("search_weights", 2, "--trials", "4")
     trials = [line for line in lines if re.match(r" +[1234] \|", line)]
     assert numbers(trials[0])[:3] == [1.0, 1.0, 1.0]
-    gains = [float(trial.split("|")[-1].strip(" %")) for trial in trials]
-    assert any(f"The best is trial {1 + np.argmax(gains)}" in line for line in lines)
 
 
 @deep_elsewhere
@@ -85,7 +83,8 @@ def test_custom_loop(run):
     rows = [numbers(line) for line in lines]
     assert [sum(row[1:]) for row in rows] == pytest.approx([2] * 3, abs=0.002)
     assert rows[2][1:] != rows[1][1:] != rows[0][1:] == [1.0, 1.0]
-    assert int(last.split("%")[0]) > 30  # Of ten classes.
+    # Ten classes: what is returned to the model was trained.
+    assert int(last.split("%")[0]) > 30
 
 
 @deep_elsewhere
@@ -115,7 +114,6 @@ def test_known_rules(run):
 def test_pinn(run):
     lines = run("pinn", 8)
     equal, adapted = (numbers(line) for line in lines[-4:-2])
-    assert sum(adapted[:2]) == pytest.approx(2, abs=0.001)
     # Equal weights forget the start. (The network is the solution only after more epochs.)
     assert adapted[3] < 0.5 * equal[3]
     assert adapted[4] < equal[4]
@@ -128,11 +126,9 @@ def test_dense_prediction(run):
     attention = ["--attention"] if BACKEND == "torch" else []
     lines = run("dense_prediction", 3, "--scenes", "20", *attention)
     rows = [numbers(line) for line in lines if "epoch " in line]
-    equal, dwa = rows[:3], rows[3:]
-    assert [row[1::2] for row in equal] == [[1.0, 1.0, 1.0]] * 3
+    dwa = rows[3:]
     assert [sum(row[1::2]) for row in dwa] == pytest.approx([3] * 3, abs=0.003)
     assert dwa[2][1::2] != dwa[1][1::2]
-    assert dwa[2][0] < dwa[0][0]
 
 
 @pytest.mark.deep

@@ -64,9 +64,8 @@ def test_number_beside_it_weights_another_output_and_base_loss_is_right():
 @one_backend
 def test_weight_of_its_own_other_than_1_is_refused():
     compound = new_compound()
-    model = compiled(one_output(), loss=compound, loss_weights=[2.0])
     with pytest.raises(ValueError, match=r"must be 1. Found `loss_weights=\[2.0\]`"):
-        fit(model, compound.weighting)
+        fit(compiled(one_output(), loss=compound, loss_weights=[2.0]), compound.weighting)
 
 
 def test_model_that_is_compiled_without_it_again_logs_nothing_of_it():
