@@ -75,6 +75,8 @@ def test_search_weights(run):
     lines = run("search_weights", 2, "--trials", "4")
     trials = [line for line in lines if re.match(r" +[1234] \|", line)]
     assert numbers(trials[0])[:3] == [1.0, 1.0, 1.0]
+    gains = [float(trial.split("|")[-1].strip(" %")) for trial in trials]
+    assert any(f"The best is trial {1 + np.argmax(gains)}" in line for line in lines)
 
 
 @deep_elsewhere
@@ -95,6 +97,7 @@ def test_vae(run):
         assert reconstruction + kl == pytest.approx(bound, abs=0.002)
     # The KL divergence has had no weight so far but a fifth, in the last epoch.
     assert rows["annealed"][1] > rows["weight 0.25"][1] > rows["weight 1"][1]
+    assert f"that of {min(rows, key=lambda name: rows[name][2])}, " in lines[-1]
 
 
 @pytest.mark.deep
@@ -117,6 +120,7 @@ def test_pinn(run):
     # Equal weights forget the start. (The network is the solution only after more epochs.)
     assert adapted[3] < 0.5 * equal[3]
     assert adapted[4] < equal[4]
+    assert numbers(lines[-1]) == pytest.approx([equal[4] / adapted[4]], rel=0.1)
 
 
 @pytest.mark.deep
@@ -125,10 +129,10 @@ def test_dense_prediction(run):
     # The attention networks are on top of all else. To compile them takes minutes.
     attention = ["--attention"] if BACKEND == "torch" else []
     lines = run("dense_prediction", 3, "--scenes", "20", *attention)
-    rows = [numbers(line) for line in lines if "epoch " in line]
-    dwa = rows[3:]
+    dwa = [numbers(line) for line in lines if "epoch " in line][3:]
     assert [sum(row[1::2]) for row in dwa] == pytest.approx([3] * 3, abs=0.003)
     assert dwa[2][1::2] != dwa[1][1::2]
+    assert "of 9 metrics" in lines[-1]
 
 
 @pytest.mark.deep

@@ -126,6 +126,10 @@ def test_odd_losses_and_weights_leave_the_rest_as_it_is():
     assert figure.axes[1].get_ylim()[0] < 0 < 1 < figure.axes[1].get_ylim()[1]
 
 
+def test_run_that_ends_in_nan_shows_all_its_epochs():
+    assert plot_history(made_up("a", a_loss=[1.0, nan, nan])).axes[0].get_xlim()[1] > 3
+
+
 @pytest.mark.parametrize(
     ("losses", "scale"), [([4.0, 0.5], "linear"), ([4.0, 0.3], "log"), ([4.0, 0.0], "linear")]
 )

@@ -44,13 +44,7 @@ def fit(model, *callbacks, **arguments):
 
 
 def wired(
-    base=keras.Model,
-    own=None,
-    arrange=dict,
-    names=NAMES,
-    loss=LOSSES,
-    weights=lambda ours: ours,
-    trackers=(),
+    base=keras.Model, own=None, arrange=dict, names=NAMES, loss=LOSSES, weights=dict, trackers=()
 ):
     """Fits a model of a subclass of `base`, with `own` attributes, with a new callback.
 
